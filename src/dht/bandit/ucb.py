@@ -1,0 +1,78 @@
+"""Upper confidence bounds with a price on cost: which arm is worth what it costs.
+
+Shape letters: B rows, M arms, m selected arms.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dht.bandit.posterior import Arms, LinearPosterior
+
+
+@torch.no_grad()
+def ucb_index(
+    posterior: LinearPosterior, context: Tensor, alpha: float, price: float | Tensor, arms: Arms = None
+) -> Tensor:
+    """The value of every arm for every row, q_hat + alpha * width - price * c_hat, float64 [B, m].
+
+    Quality (target 0) and cost (target 1) are separate regressions on the same A, so the price may change after
+    learning, with no new data.
+
+    Args:
+        posterior: with at least two targets: 0 quality, 1 cost.
+        context: phi, any float dtype and device, [B, F].
+        alpha: optimism, finite and >= 0.
+        price: units of quality per unit of cost; a float, a tensor of one element, or [B] for one price a row.
+        arms: which arms; see `Arms`.
+
+    Raises:
+        ValueError: fewer than two targets, alpha negative or not finite, price or context of a wrong shape.
+
+    Source: LinUCB, Li, Chu, Langford & Schapire 2010, equation 5, with the cost subtracted as a Lagrangian.
+    """
+    if posterior.num_targets < 2:
+        raise ValueError(f"posterior must have 2 targets (0 quality, 1 cost), got {posterior.num_targets}")
+    if not (math.isfinite(alpha) and alpha >= 0.0):
+        raise ValueError(f"alpha must be finite and >= 0, got {alpha}")
+    quality, cost = posterior.predict(context, arms)[..., :2].unbind(dim=-1)
+    if isinstance(price, Tensor):
+        rows = context.shape[0]
+        if price.numel() != 1 and price.shape != (rows,):
+            raise ValueError(f"price must have one element or shape [B] = [{rows}], got {list(price.shape)}")
+        price = price.detach().to(cost).reshape(-1, 1)
+    return quality + alpha * posterior.width(context, arms) - price * cost
+
+
+def choose(index: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """The arm with the highest index in every row, int64 [B]; a tie goes to the lowest arm, the cheapest one.
+
+    Args:
+        index: any float dtype, [B, M]; arms ordered by cost, cheapest first.
+        allowed: bool [B, M] or [M]; False forbids the arm. None allows all.
+
+    Raises:
+        ValueError: a wrong shape, a row without an allowed arm, or a NaN at an allowed arm; the message names the row.
+    """
+    if index.ndim != 2 or index.shape[1] < 1:
+        raise ValueError(f"index must be [B, M] with M >= 1, got {list(index.shape)}")
+    if allowed is None:
+        permitted = torch.ones_like(index, dtype=torch.bool)
+    else:
+        if allowed.dtype != torch.bool or allowed.shape not in (index.shape, index.shape[1:]):
+            raise ValueError(f"allowed must be bool {list(index.shape)}, got {allowed.dtype} {list(allowed.shape)}")
+        permitted = allowed.to(index.device).expand(index.shape)
+    empty = ~permitted.any(dim=1)
+    undefined = (index.isnan() & permitted).any(dim=1)
+    bad = empty | undefined
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        problem = "no arm is allowed" if empty[row] else "the index of an allowed arm is NaN"
+        raise ValueError(f"row {row}: {problem}")
+    masked = index.masked_fill(~permitted, -math.inf)
+    # Compared with the row's best and with `permitted`, so that a row of -inf cannot select a forbidden arm.
+    best = (masked == masked.amax(dim=1, keepdim=True)) & permitted
+    return best.to(torch.uint8).argmax(dim=1)

@@ -1,0 +1,79 @@
+"""FLOPs of a plan, by formula: one multiply-add is two FLOPs, as in torch's `FlopCounterMode`.
+
+Counted: the attention projections, QK^T and AV on the padded length that is executed, the FFN, exit heads and the
+policy's own arithmetic. Left out, as in `FlopCounterMode`: embedding look-ups, normalisation and elementwise functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """FLOPs of the parts of an encoder with N layers, width D, H head units, FFN size M and C classes.
+
+    Args:
+        coupled: True if a head unit carries its 1/H share of the FFN; False if the FFN always runs whole.
+        num_features: features of the policy's context (0: no policy).
+        num_arms: numeric arms per decision.
+
+    Example:
+        >>> cost = CostModel(width=384, heads=12, ffn=1536, layers=6, classes=2, coupled=True)
+        >>> cost.token_unit * 12 == 2 * 384 * (4 * 384 + 2 * 1536)
+        True
+    """
+
+    width: int
+    heads: int
+    ffn: int
+    layers: int
+    classes: int
+    coupled: bool
+    num_features: int = 0
+    num_arms: int = 0
+
+    @property
+    def token_unit(self) -> int:
+        """FLOPs per token of one head unit's projections (and FFN share when coupled)."""
+        attention = 2 * self.width * 4 * (self.width // self.heads)
+        return attention + (4 * self.width * (self.ffn // self.heads) if self.coupled else 0)
+
+    @property
+    def token_fixed(self) -> int:
+        """FLOPs per token of a layer that do not depend on the number of units."""
+        return 0 if self.coupled else 4 * self.width * self.ffn
+
+    @property
+    def exit_head(self) -> int:
+        """FLOPs per row of one exit head: a D x D projection and the classifier."""
+        return 2 * self.width * (self.width + self.classes)
+
+    @property
+    def decision(self) -> int:
+        """FLOPs per row of one decision: scores and widths of the numeric arms, scores of the head units."""
+        features = self.num_features
+        return 2 * features * (self.num_arms * (features + 2) + self.heads)
+
+    def attention(self, units: Tensor | int, padded: Tensor | int) -> Tensor | int:
+        """FLOPs per row of QK^T and AV with `units` heads on `padded` tokens."""
+        return 4 * units * (self.width // self.heads) * padded * padded
+
+    def layer(self, lengths: Tensor, units: Tensor | int, padded: Tensor | int) -> Tensor:
+        """FLOPs per row of one layer, float64 [R].
+
+        Args:
+            lengths: int64 [R], tokens of each row.
+            units: number of head units run, int or int64 [R].
+            padded: tokens of the padded attention block that the row runs in, int or int64 [R].
+        """
+        tokens = lengths.to(torch.float64)
+        return tokens * (units * self.token_unit + self.token_fixed) + self.attention(units, padded)
+
+    def dense(self, lengths: Tensor) -> Tensor:
+        """FLOPs per row of the full model with its one classifier, float64 [R]; attention padded to the longest row."""
+        padded = int(lengths.max()) if lengths.numel() else 0
+        return self.layers * self.layer(lengths, self.heads, padded) + self.exit_head

@@ -1,0 +1,125 @@
+"""`DHTConfig`: the encoder's sizes and the policy's settings, as a `transformers` configuration."""
+
+from __future__ import annotations
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from ..errors import ConfigError
+
+FORMAT_VERSION = 1
+"""Of saved models; a larger number in a file means that a newer dht wrote it."""
+
+
+@strict
+class DHTConfig(PreTrainedConfig):
+    """Sizes of the encoder and settings of the policy.
+
+    Args:
+        norm: "post" (BERT, MPNet) or "pre" (the from-scratch preset).
+        pooling: "cls" (first token) or "mean", what the exit heads read.
+        position_offset: index of the first position embedding (MPNet: 2).
+        relative_attention_num_buckets: buckets of the shared relative position bias; 0 = none.
+        source: the family that the weights came from ("bert", "mpnet", or "dht").
+        search: "tree" or "integrated".
+        ffn: "coupled" (a head unit carries 1/H of the FFN) or "dense" (attention heads alone).
+        widths: ascending numbers of head units to choose among; None = quarters of H.
+        context_projection: random directions of the hidden state added to the context.
+        ridge: lambda, the prior precision of every arm.
+        forgetting: gamma in (0, 1], discount per observed decision.
+        alpha: UCB optimism while training; inference is greedy.
+        sigma: standard deviation of Thompson draws while training; inference uses posterior means.
+        exploration: share of training rows that run all layers with a random number of units.
+        head_sets: G, distinct head sets per layer and width that a batch may use.
+        reward: "correct" or "probability", the quality of an exit.
+        budget: the fraction of dense FLOPs that the model was trained for.
+        policy_seed: seed of the policy's draws.
+    """
+
+    model_type = "dht"
+    keys_to_ignore_at_inference = ("trace",)
+
+    vocab_size: int = 30522
+    hidden_size: int = 384
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 12
+    intermediate_size: int = 1536
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 0
+    norm: str = "post"
+    pooling: str = "cls"
+    position_offset: int = 0
+    relative_attention_num_buckets: int = 0
+    source: str = "dht"
+    search: str = "tree"
+    ffn: str = "coupled"
+    widths: list[int] | None = None
+    context_projection: int = 8
+    ridge: float = 1.0
+    forgetting: float = 0.9995
+    alpha: float = 0.05
+    sigma: float = 0.3
+    exploration: float = 0.05
+    head_sets: int = 1
+    reward: str = "correct"
+    budget: float = 1.0
+    policy_seed: int = 0
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self, **kwargs) -> None:
+        if self.widths is None:
+            heads = self.num_attention_heads
+            self.widths = sorted({max(1, round(heads * quarter / 4)) for quarter in (1, 2, 3, 4)})
+        super().__post_init__(**kwargs)
+
+    def check(self) -> None:
+        """Raises `ConfigError` with every problem of this configuration."""
+        problems = []
+
+        def need(ok: bool, what: str) -> None:
+            if not ok:
+                problems.append(what)
+
+        heads = self.num_attention_heads
+        if self.format_version > FORMAT_VERSION:
+            problems.append(
+                f"format_version: the checkpoint has {self.format_version}, this dht reads up to {FORMAT_VERSION};"
+                " install a newer dht"
+            )
+        need(heads >= 1, f"num_attention_heads: got {heads}, must be at least 1")
+        need(self.num_hidden_layers >= 1, f"num_hidden_layers: got {self.num_hidden_layers}, must be at least 1")
+        if heads >= 1:
+            for name in ("hidden_size", "intermediate_size"):
+                size = getattr(self, name)
+                need(size % heads == 0, f"{name}: {size} is not a multiple of num_attention_heads = {heads}")
+            fits = bool(self.widths) and self.widths == sorted(set(self.widths))
+            fits = fits and self.widths[0] >= 1 and self.widths[-1] <= heads
+            need(fits, f"widths: got {self.widths}, must be ascending numbers in 1..{heads}")
+        for name, allowed in {
+            "norm": ("post", "pre"),
+            "pooling": ("cls", "mean"),
+            "search": ("tree", "integrated"),
+            "ffn": ("coupled", "dense"),
+            "reward": ("correct", "probability"),
+        }.items():
+            got = getattr(self, name)
+            need(got in allowed, f"{name}: got {got!r}, allowed: {', '.join(allowed)}")
+        for name, low, high in (
+            ("forgetting", 0.0, 1.0),
+            ("budget", 0.0, 1.0),
+        ):
+            got = getattr(self, name)
+            need(low < got <= high, f"{name}: got {got}, must be in ({low:g}, {high:g}]")
+        need(0.0 <= self.exploration <= 1.0, f"exploration: got {self.exploration}, must be in [0, 1]")
+        need(self.ridge > 0, f"ridge: got {self.ridge}, must be above 0")
+        for name in ("alpha", "sigma", "context_projection"):
+            need(getattr(self, name) >= 0, f"{name}: got {getattr(self, name)}, must be at least 0")
+        need(self.head_sets >= 1, f"head_sets: got {self.head_sets}, must be at least 1")
+        if problems:
+            raise ConfigError(problems)

@@ -1,0 +1,165 @@
+"""From a `transformers` encoder to a dynamic one: one name map per family, and neurons dealt to head units."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+
+from ..errors import DHTError
+from .configuration import DHTConfig
+from .modeling import DHTForSequenceClassification
+
+BERT = {
+    "words": "embeddings.word_embeddings",
+    "positions": "embeddings.position_embeddings",
+    "types": "embeddings.token_type_embeddings",
+    "norm": "embeddings.LayerNorm",
+    "layer": "encoder.layer.{}.",
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "out": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "ffn_norm": "output.LayerNorm",
+    "pooler": "pooler.dense",
+    "head": None,
+    "classifier": "classifier",
+    "bias": None,
+}
+MPNET = BERT | {
+    "types": None,
+    "query": "attention.attn.q",
+    "key": "attention.attn.k",
+    "value": "attention.attn.v",
+    "out": "attention.attn.o",
+    "attention_norm": "attention.LayerNorm",
+    "head": "classifier.dense",
+    "classifier": "classifier.out_proj",
+    "bias": "encoder.relative_attention_bias",
+}
+FAMILIES = {"bert": BERT, "mpnet": MPNET}
+"""Our module names -> the family's, for every architecture that converts."""
+
+
+def convert(model: PreTrainedModel, num_labels: int | None = None, **settings) -> DHTForSequenceClassification:
+    """A dynamic classifier with the weights of `model`; a full plan gives the same hidden states.
+
+    A sequence classifier keeps its head as the last exit; a base model's pooler (if it has one) starts every exit head.
+
+    Args:
+        model: a BERT or MPNet model of `transformers`, with or without a classification head.
+        num_labels: classes; None = those of `model`.
+        settings: fields of `DHTConfig` to set, such as `search`, `ffn`, `widths`, `budget`.
+
+    Raises:
+        DHTError: the architecture has no name map.
+        ConfigError: the sizes or settings do not fit.
+    """
+    source = model.config
+    family = FAMILIES.get(source.model_type)
+    if family is None:
+        raise DHTError(
+            f"model: cannot convert architecture {source.model_type!r}; what works: {', '.join(sorted(FAMILIES))}"
+        )
+    labelled = {} if num_labels is None else {"num_labels": num_labels}
+    if num_labels is None and getattr(source, "id2label", None):
+        labelled = {"id2label": source.id2label, "label2id": source.label2id}
+    config = DHTConfig(
+        vocab_size=source.vocab_size,
+        hidden_size=source.hidden_size,
+        num_hidden_layers=source.num_hidden_layers,
+        num_attention_heads=source.num_attention_heads,
+        intermediate_size=source.intermediate_size,
+        hidden_act=source.hidden_act,
+        hidden_dropout_prob=source.hidden_dropout_prob,
+        attention_probs_dropout_prob=source.attention_probs_dropout_prob,
+        max_position_embeddings=source.max_position_embeddings,
+        type_vocab_size=source.type_vocab_size if family["types"] else 0,
+        layer_norm_eps=source.layer_norm_eps,
+        pad_token_id=source.pad_token_id,
+        position_offset=source.pad_token_id + 1 if source.model_type == "mpnet" else 0,
+        relative_attention_num_buckets=source.relative_attention_num_buckets if family["bias"] else 0,
+        source=source.model_type,
+        **labelled,
+        **settings,
+    )
+    dynamic = DHTForSequenceClassification(config)
+    prefix = f"{model.base_model_prefix}."
+    state = {name.removeprefix(prefix): tensor for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        _copy(dynamic, state, family)
+    return dynamic
+
+
+def _copy(dynamic: DHTForSequenceClassification, state: dict[str, Tensor], family: dict[str, str | None]) -> None:
+    encoder, heads = dynamic.encoder, dynamic.config.num_attention_heads
+
+    def put(module: torch.nn.Module, name: str | None) -> None:
+        for part, parameter in module.named_parameters(recurse=False):
+            if name and f"{name}.{part}" in state:
+                parameter.copy_(state[f"{name}.{part}"])
+
+    put(encoder.embeddings.words, family["words"])
+    put(encoder.embeddings.positions, family["positions"])
+    put(encoder.embeddings.norm, family["norm"])
+    if encoder.embeddings.types is not None:
+        put(encoder.embeddings.types, family["types"])
+    if encoder.position_bias is not None:
+        put(encoder.position_bias.values, family["bias"])
+    for index, block in enumerate(encoder.blocks):
+        at = family["layer"].format(index)
+        for i, part in enumerate(("query", "key", "value")):
+            block.qkv_weight[:, i] = state[f"{at}{family[part]}.weight"].unflatten(0, (heads, -1))
+            block.qkv_bias[:, i] = state[f"{at}{family[part]}.bias"].unflatten(0, (heads, -1))
+        block.out_weight.copy_(state[f"{at}{family['out']}.weight"].T.unflatten(0, (heads, -1)))
+        block.out_bias.copy_(state[f"{at}{family['out']}.bias"])
+        block.up_weight.copy_(state[f"{at}{family['up']}.weight"].unflatten(0, (heads, -1)))
+        block.up_bias.copy_(state[f"{at}{family['up']}.bias"].unflatten(0, (heads, -1)))
+        block.down_weight.copy_(state[f"{at}{family['down']}.weight"].T.unflatten(0, (heads, -1)))
+        block.down_bias.copy_(state[f"{at}{family['down']}.bias"])
+        put(block.attention_norm, at + family["attention_norm"])
+        put(block.ffn_norm, at + family["ffn_norm"])
+    for exit_ in encoder.exits:
+        put(exit_.dense, family["pooler"])
+    put(encoder.exits[-1].dense, family["head"])
+    put(encoder.exits[-1].classifier, family["classifier"])
+
+
+def load_source(path: str | Path, num_labels: int) -> PreTrainedModel:
+    """The `transformers` model at `path` (folder or Hub id): with its classifier if that has `num_labels` classes.
+
+    Raises:
+        DHTError: nothing loadable there.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+        classifier = any("SequenceClassification" in name for name in config.architectures or [])
+        if classifier and config.num_labels == num_labels:
+            return AutoModelForSequenceClassification.from_pretrained(path)
+        return AutoModel.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise DHTError(f"model: cannot load {str(path)!r}: {str(error).splitlines()[0]}") from error
+
+
+@torch.no_grad()
+def deal_neurons(block: torch.nn.Module, unit_importance: Tensor, neuron_importance: Tensor) -> None:
+    """Deals the FFN's neurons to head units, best neurons to the best unit; the block's function does not change.
+
+    Args:
+        block: a coupled `Block`.
+        unit_importance: [H], of the attention heads.
+        neuron_importance: [H, M/H], of the neurons where they are now.
+    """
+    heads, share = neuron_importance.shape
+    ranked = neuron_importance.flatten().argsort(dim=0, descending=True)
+    dealt = torch.empty_like(ranked).view(heads, share)
+    dealt[unit_importance.argsort(dim=0, descending=True)] = ranked.view(heads, share)
+    order = dealt.flatten()
+    for weight in (block.up_weight, block.up_bias, block.down_weight):
+        flat = weight.flatten(0, 1)
+        weight.copy_(flat[order].view_as(weight))

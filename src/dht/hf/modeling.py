@@ -1,0 +1,176 @@
+"""`DHTForSequenceClassification`: the dynamic encoder as a `transformers` model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput, cached_file
+
+from ..model.block import Block
+from ..model.encoder import Encoder
+from ..model.execute import execute
+from ..plan import Mode, Trace
+from ..policy.base import Policy
+from ..policy.baselines import DensePolicy
+from ..policy.integrated import IntegratedPolicy
+from ..policy.tree import TreePolicy
+from .configuration import DHTConfig
+
+
+@dataclass
+class DHTOutput(ModelOutput):
+    """What a forward returns.
+
+    Attributes:
+        loss: scalar, when labels were given.
+        logits: [B, C], each row's answer, from the exit where it left.
+        trace: what was executed (`dht.plan.Trace`).
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    trace: Trace | None = None
+
+
+class DHTForSequenceClassification(PreTrainedModel):
+    """A classifier that decides for every row how many layers and which head units to run.
+
+    `policy` makes the decisions and is saved with the weights; assign `active_policy` (or pass `policy=` to `forward`) to run
+    another one, such as a baseline, through the same executor.
+    """
+
+    config_class = DHTConfig
+    base_model_prefix = "encoder"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = False
+    _supports_sdpa = True
+
+    def __init__(self, config: DHTConfig) -> None:
+        config.check()
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.encoder = Encoder(config)
+        self.policy = {"tree": TreePolicy, "integrated": IntegratedPolicy}[config.search](config)
+        self.active_policy: Policy | None = None
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Block):
+            for name, parameter in module.named_parameters(recurse=False):
+                if not getattr(parameter, "_is_hf_initialized", False):
+                    parameter.zero_() if name.endswith("bias") else parameter.normal_(0.0, self.config.initializer_range)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """The saved model; its policy in float64 to the last bit, whatever `dtype` the weights are loaded in."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        where = {k: kwargs[k] for k in ("cache_dir", "revision", "token", "local_files_only", "subfolder") if k in kwargs}
+        state = _policy_state(pretrained_model_name_or_path, where)
+        if state:
+            model.policy.load_state_dict({k: v.to(model.device) for k, v in state.items()}, assign=True)
+        return loaded
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.embeddings.words
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.encoder.embeddings.words = value
+
+    def __setattr__(self, name, value) -> None:
+        # A borrowed policy is not part of the model: it must not be saved with it.
+        if name == "active_policy":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        policy: Policy | None = None,
+        mode: Mode = "exploit",
+        tap_gates: bool = False,
+        return_dict: bool | None = None,
+        **_: object,
+    ) -> DHTOutput | tuple:
+        """Runs the batch under the policy.
+
+        Args:
+            input_ids: int64 [B, T].
+            attention_mask: [B, T], 1 at real tokens.
+            token_type_ids: int64 [B, T].
+            labels: int64 [B]; adds the loss over all visited exits.
+            policy: what decides; None = `active_policy`, else the learned policy.
+            mode: exploit (default), explore or probe.
+            tap_gates: collect gate gradients in backward.
+        """
+        chosen = policy or self.active_policy or self.policy
+        trace = execute(
+            self.encoder,
+            chosen,
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            mode=mode,
+            every_exit=labels is not None and chosen.trains_exits,
+            tap_gates=tap_gates,
+        )
+        loss = None if labels is None else exit_loss(trace, labels)
+        output = DHTOutput(loss=loss, logits=trace.logits, trace=trace)
+        return output if return_dict is not False else output.to_tuple()
+
+
+def _policy_state(path, where: dict) -> dict[str, Tensor]:
+    """The policy's tensors as they stand in the checkpoint's safetensors file or shards."""
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **where)
+    names = [SAFE_WEIGHTS_NAME]
+    if index:
+        names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    state = {}
+    for name in names:
+        with safe_open(cached_file(path, name, **where), "pt") as file:
+            state |= {k.removeprefix("policy."): file.get_tensor(k) for k in file.keys() if k.startswith("policy.")}
+    return state
+
+
+def exit_loss(trace: Trace, labels: Tensor, distil: float = 0.0) -> Tensor:
+    """Mean over rows of the cross-entropy of each row's visited exits, deeper exits weighing more (layer number).
+
+    Args:
+        labels: int64 [B].
+        distil: weight in [0, 1] of matching the deepest visited exit instead of the label, for the exits before it.
+    """
+    total = trace.exits[0].logits.new_zeros(labels.shape[0], dtype=torch.float32)
+    weight = torch.zeros_like(total)
+    teacher = trace.logits.detach().float().softmax(-1)
+    for exit_ in trace.exits:
+        logits = exit_.logits.float()
+        loss = F.cross_entropy(logits, labels[exit_.rows], reduction="none")
+        if distil:
+            soft = -(teacher[exit_.rows] * logits.log_softmax(-1)).sum(-1)
+            last = (trace.layers[exit_.rows] == exit_.layer).float()
+            loss = torch.lerp(loss, soft, distil * (1 - last))
+        total = total.index_add(0, exit_.rows, exit_.layer * loss)
+        weight = weight.index_add(0, exit_.rows, torch.full_like(loss, exit_.layer).detach())
+    return (total / weight).mean()
+
+
+def dense_policy(model: DHTForSequenceClassification) -> DensePolicy:
+    """The policy that runs everything."""
+    return DensePolicy(model.config.num_attention_heads)
+
+
+AutoConfig.register("dht", DHTConfig, exist_ok=True)
+AutoModelForSequenceClassification.register(DHTConfig, DHTForSequenceClassification, exist_ok=True)

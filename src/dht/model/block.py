@@ -1,0 +1,149 @@
+"""One encoder block whose weights are stored head unit by head unit, so that a subset runs as a smaller dense block.
+
+Unit h owns the query, key and value rows of attention head h, its columns of the output projection and, when units are
+coupled, M/H neurons of the FFN. A set of k units is k contiguous slabs of each weight: the group runs at the speed of a
+dense block of k heads, and what is left out is not computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from .packed import Packed
+
+GateTap = Callable[[str, Tensor], None]
+"""Called in backward with "attention" or "ffn" and activation * gradient, [S, k, size]: summed over a row's tokens and
+the last axis it is d loss / d gate of a gate fixed at 1 on that unit's output."""
+
+
+class Block(nn.Module):
+    """Attention and FFN with residual connections and layer norm, after (`post`) or before (`pre`) each part.
+
+    Args:
+        width, heads, ffn: D, H and M; H must divide D and M.
+        coupled: True if a head unit carries M/H FFN neurons; False if the FFN is one dense part.
+        activation: name of the FFN's activation in `transformers`.
+        norm: "post" (BERT) or "pre".
+        eps: layer norm epsilon.
+        dropout, attention_dropout: probabilities, used in training mode.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        ffn: int,
+        *,
+        coupled: bool = True,
+        activation: str = "gelu",
+        norm: str = "post",
+        eps: float = 1e-12,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        size, share = width // heads, ffn // heads
+        self.heads, self.coupled, self.pre_norm = heads, coupled, norm == "pre"
+        self.dropout, self.attention_dropout = dropout, attention_dropout
+        self.qkv_weight = nn.Parameter(torch.empty(heads, 3, size, width))
+        self.qkv_bias = nn.Parameter(torch.empty(heads, 3, size))
+        self.out_weight = nn.Parameter(torch.empty(heads, size, width))
+        self.out_bias = nn.Parameter(torch.empty(width))
+        self.up_weight = nn.Parameter(torch.empty(heads, share, width))
+        self.up_bias = nn.Parameter(torch.empty(heads, share))
+        self.down_weight = nn.Parameter(torch.empty(heads, share, width))
+        self.down_bias = nn.Parameter(torch.empty(width))
+        self.attention_norm = nn.LayerNorm(width, eps=eps)
+        self.ffn_norm = nn.LayerNorm(width, eps=eps)
+        self.activation = ACT2FN[activation]
+        self._slices: dict[tuple[int, ...], tuple[tuple[int, ...], tuple[Tensor, ...]]] = {}
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Draws weights from N(0, std^2) and zeroes biases, as BERT does."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters(recurse=False):
+                if name.endswith("bias"):
+                    parameter.zero_()
+                else:
+                    parameter.normal_(0.0, std)
+
+    def forward(
+        self, rows: Packed, units: Tensor | None = None, bias: Tensor | None = None, tap: GateTap | None = None
+    ) -> Tensor:
+        """Hidden states after the block, [S, D].
+
+        Args:
+            rows: the packed rows of one group.
+            units: int64 [k], the head units to run; None = all.
+            bias: [1, H, T', T'], added to the attention logits (T' at least the longest row), or None.
+            tap: receives gate gradients during backward.
+        """
+        hidden = rows.hidden
+        qkv_weight, qkv_bias, out_weight, up_weight, up_bias, down_weight = self._sliced(units)
+        source = self.attention_norm(hidden) if self.pre_norm else hidden
+        mixed = self._attend(rows, source, qkv_weight, qkv_bias, bias if units is None or bias is None else bias[:, units])
+        self._listen(tap, "attention", mixed, qkv_weight.shape[0])
+        hidden = hidden + self._drop(torch.addmm(self.out_bias, mixed, out_weight.flatten(0, 1)))
+        if not self.pre_norm:
+            hidden = self.attention_norm(hidden)
+        source = self.ffn_norm(hidden) if self.pre_norm else hidden
+        inner = self.activation(F.linear(source, up_weight.flatten(0, 1), up_bias.flatten()))
+        if self.coupled:
+            self._listen(tap, "ffn", inner, up_weight.shape[0])
+        hidden = hidden + self._drop(torch.addmm(self.down_bias, inner, down_weight.flatten(0, 1)))
+        return hidden if self.pre_norm else self.ffn_norm(hidden)
+
+    def _attend(self, rows: Packed, source: Tensor, weight: Tensor, weight_bias: Tensor, bias: Tensor | None) -> Tensor:
+        """Attention of the chosen heads, [S, k * size]: packed to padded and back around one fused kernel."""
+        count, longest = rows.lengths.numel(), rows.max_length
+        heads, _, size, _ = weight.shape
+        qkv = F.linear(source, weight.flatten(0, 2), weight_bias.flatten())
+        if not rows.equal:
+            padded = qkv.new_zeros(count * longest, qkv.shape[-1])
+            qkv = padded.index_copy(0, rows.slot, qkv)
+        query, key, value = qkv.view(count, longest, heads, 3, size).permute(3, 0, 2, 1, 4).unbind(0)
+        mask = rows.mask
+        if bias is not None:
+            bias = bias[..., :longest, :longest].to(query.dtype)
+            mask = bias if mask is None else bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=self.attention_dropout if self.training else 0.0
+        )
+        mixed = mixed.transpose(1, 2).reshape(count * longest, heads * size)
+        return mixed if rows.equal else mixed.index_select(0, rows.slot)
+
+    def _drop(self, hidden: Tensor) -> Tensor:
+        return F.dropout(hidden, self.dropout, self.training) if self.dropout and self.training else hidden
+
+    def _sliced(self, units: Tensor | None) -> tuple[Tensor, ...]:
+        """The weights of `units`; without gradients the copies are kept until a weight changes."""
+        ffn = (self.up_weight, self.up_bias, self.down_weight)
+        whole = (self.qkv_weight, self.qkv_bias, self.out_weight, *ffn)
+        if units is None:
+            return whole
+        chosen = whole if self.coupled else whole[:3]
+        if torch.is_grad_enabled():
+            sliced = tuple(weight.index_select(0, units) for weight in chosen)
+        else:
+            key = tuple(units.tolist())
+            version = tuple(x for w in chosen for x in (w.data_ptr(), w._version))
+            known = self._slices.get(key)
+            if known is None or known[0] != version:
+                if len(self._slices) >= 64:
+                    self._slices.clear()
+                self._slices[key] = (version, tuple(weight.index_select(0, units) for weight in chosen))
+            sliced = self._slices[key][1]
+        return sliced if self.coupled else (*sliced, *ffn)
+
+    @staticmethod
+    def _listen(tap: GateTap | None, part: str, activation: Tensor, units: int) -> None:
+        if tap is None or not activation.requires_grad:
+            return
+        kept = activation.detach()
+        activation.register_hook(lambda grad: tap(part, (grad * kept).unflatten(-1, (units, -1))))

@@ -1,0 +1,149 @@
+"""The encoder's modules: embeddings that produce packed rows, blocks, relative position bias, one exit head a layer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..cost import CostModel
+from .block import Block
+from .packed import Packed
+
+
+class Embeddings(nn.Module):
+    """Word, position and (where the family has them) token type embeddings of the real tokens only.
+
+    Args:
+        vocab, positions, types, width: table sizes; `types` 0 = none.
+        position_offset: index of the first position (MPNet counts from `pad_token_id` + 1, skipping padding).
+        norm: True to normalise the sum (BERT); pre-norm presets leave it to the first block.
+    """
+
+    def __init__(
+        self,
+        vocab: int,
+        positions: int,
+        types: int,
+        width: int,
+        *,
+        position_offset: int = 0,
+        norm: bool = True,
+        eps: float = 1e-12,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.words = nn.Embedding(vocab, width)
+        self.positions = nn.Embedding(positions, width)
+        self.types = nn.Embedding(types, width) if types else None
+        self.norm = nn.LayerNorm(width, eps=eps) if norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.position_offset = position_offset
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Packed:
+        """Packed embeddings of `input_ids` [B, T] where `attention_mask` [B, T] is 1."""
+        keep = attention_mask.bool()
+        lengths = keep.sum(-1)
+        if self.position_offset:
+            position = keep.cumsum(-1)[keep] - 1 + self.position_offset
+        else:
+            position = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)[keep]
+        hidden = self.words(input_ids[keep]) + self.positions(position)
+        if self.types is not None:
+            hidden = hidden + (self.types.weight[0] if token_type_ids is None else self.types(token_type_ids[keep]))
+        rows = torch.arange(input_ids.shape[0], device=input_ids.device)
+        return Packed(self.dropout(self.norm(hidden)), lengths, rows)
+
+
+class RelativePositionBias(nn.Module):
+    """MPNet's (T5's) bucketed relative position bias, shared by all layers: one scalar per bucket and head."""
+
+    def __init__(self, buckets: int, heads: int, max_distance: int = 128) -> None:
+        super().__init__()
+        self.values = nn.Embedding(buckets, heads)
+        self.buckets, self.max_distance = buckets, max_distance
+
+    def forward(self, length: int) -> Tensor:
+        """[1, H, length, length]. Source: T5 (arXiv 1910.10683), bidirectional buckets."""
+        places = torch.arange(length, device=self.values.weight.device)
+        relative = places[None, :] - places[:, None]
+        half = self.buckets // 2
+        exact = half // 2
+        distance = relative.abs()
+        log_scaled = exact + (
+            torch.log(distance.clamp_min(1).float() / exact) / math.log(self.max_distance / exact) * (half - exact)
+        ).to(torch.long)
+        bucket = torch.where(distance < exact, distance, log_scaled.clamp_max(half - 1))
+        bucket = bucket + (relative > 0) * half
+        return self.values(bucket).permute(2, 0, 1).unsqueeze(0)
+
+
+class ExitHead(nn.Module):
+    """A classifier on the pooled hidden state: dense, tanh, linear, as in BERT and MPNet."""
+
+    def __init__(self, width: int, classes: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.classifier = nn.Linear(width, classes)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Logits [R, C] of `pooled` [R, D]."""
+        return self.classifier(self.dropout(torch.tanh(self.dense(pooled))))
+
+
+class Encoder(nn.Module):
+    """Embeddings, N blocks and N exit heads; what runs for which row is up to `execute` and `reference`.
+
+    Args:
+        config: a `DHTConfig` (or anything with its fields).
+    """
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        width, heads, eps = config.hidden_size, config.num_attention_heads, config.layer_norm_eps
+        pre_norm = config.norm == "pre"
+        self.pooling = config.pooling
+        self.embeddings = Embeddings(
+            config.vocab_size,
+            config.max_position_embeddings,
+            config.type_vocab_size,
+            width,
+            position_offset=config.position_offset,
+            norm=not pre_norm,
+            eps=eps,
+            dropout=config.hidden_dropout_prob,
+        )
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                heads,
+                config.intermediate_size,
+                coupled=config.ffn == "coupled",
+                activation=config.hidden_act,
+                norm=config.norm,
+                eps=eps,
+                dropout=config.hidden_dropout_prob,
+                attention_dropout=config.attention_probs_dropout_prob,
+            )
+            for _ in range(config.num_hidden_layers)
+        )
+        self.final_norm = nn.LayerNorm(width, eps=eps) if pre_norm else nn.Identity()
+        buckets = config.relative_attention_num_buckets
+        self.position_bias = RelativePositionBias(buckets, heads) if buckets else None
+        classes = config.num_labels
+        self.exits = nn.ModuleList(
+            ExitHead(width, classes, dropout=config.hidden_dropout_prob) for _ in range(config.num_hidden_layers)
+        )
+        self.cost = CostModel(
+            width, heads, config.intermediate_size, config.num_hidden_layers, classes, config.ffn == "coupled"
+        )
+
+    def pool(self, rows: Packed) -> Tensor:
+        """[R, D], one vector a row: the first token's state (`cls`) or the mean over tokens (`mean`)."""
+        return rows.first() if self.pooling == "cls" else rows.mean()
+
+    def exit(self, layer: int, pooled: Tensor) -> Tensor:
+        """Logits [R, C] of the exit after `layer` in 1..N."""
+        return self.exits[layer - 1](self.final_norm(pooled))

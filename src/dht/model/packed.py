@@ -1,0 +1,92 @@
+"""Rows of different lengths laid end to end, so that no operation runs on padding outside attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Packed:
+    """Hidden states of the active rows, packed.
+
+    Attributes:
+        hidden: [S, D], tokens of row 0, then of row 1, ...
+        lengths: int64 [R], tokens of each row; sums to S.
+        rows: int64 [R], which row of the batch each one is.
+    """
+
+    hidden: Tensor
+    lengths: Tensor
+    rows: Tensor
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """int64 [R], index in `hidden` of each row's first token."""
+        return self.lengths.cumsum(0) - self.lengths
+
+    @cached_property
+    def max_length(self) -> int:
+        """Tokens of the longest row; 0 with no rows."""
+        return int(self.lengths.max()) if self.lengths.numel() else 0
+
+    @cached_property
+    def equal(self) -> bool:
+        """True if all rows have the same length: padding is then only a reshape."""
+        return self.max_length * self.lengths.numel() == self.hidden.shape[0]
+
+    @cached_property
+    def token_row(self) -> Tensor:
+        """int64 [S], position among the active rows of each token's row."""
+        return torch.repeat_interleave(self.lengths, output_size=self.hidden.shape[0])
+
+    @cached_property
+    def slot(self) -> Tensor:
+        """int64 [S], place of each token in the padded [R * max_length] layout."""
+        within = torch.arange(self.hidden.shape[0], device=self.lengths.device) - self.starts[self.token_row]
+        return self.token_row * self.max_length + within
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """bool [R, 1, 1, T], True at real tokens; None when no row is padded."""
+        if self.equal:
+            return None
+        places = torch.arange(self.max_length, device=self.lengths.device)
+        return (places < self.lengths[:, None])[:, None, None, :]
+
+    def first(self) -> Tensor:
+        """[R, D], each row's first token."""
+        return self.hidden[self.starts]
+
+    def mean(self) -> Tensor:
+        """[R, D], mean over each row's tokens."""
+        if self.equal:
+            return self.hidden.view(self.lengths.numel(), self.max_length, -1).mean(1)
+        total = self.hidden.new_zeros(self.lengths.numel(), self.hidden.shape[-1])
+        return total.index_add(0, self.token_row, self.hidden) / self.lengths[:, None].to(self.hidden.dtype)
+
+    def select(self, order: Tensor) -> Packed:
+        """The rows `order` (int64 [R'], positions among the active rows), in that order."""
+        lengths = self.lengths[order]
+        total = int(lengths.sum())
+        starts = lengths.cumsum(0) - lengths
+        shift = torch.repeat_interleave(self.starts[order] - starts, lengths, output_size=total)
+        tokens = torch.arange(total, device=order.device) + shift
+        return Packed(self.hidden.index_select(0, tokens), lengths, self.rows[order])
+
+    def split(self, counts: list[int]) -> list[Packed]:
+        """Consecutive groups of `counts` rows, as views."""
+        if len(counts) == 1:
+            return [self]
+        lengths = self.lengths.split(counts)
+        hidden = self.hidden.split([int(part.sum()) for part in lengths])
+        return [Packed(*part) for part in zip(hidden, lengths, self.rows.split(counts), strict=True)]
+
+    def with_hidden(self, hidden: Tensor) -> Packed:
+        """The same rows with other hidden states; the layout already worked out is kept."""
+        new = Packed(hidden, self.lengths, self.rows)
+        new.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("hidden", "lengths", "rows")})
+        return new

@@ -1,0 +1,73 @@
+"""The ground truth: every row and every head is computed on padded tensors, then multiplied by zero or one.
+
+Slow and plain on purpose. It reads the same parameters as `execute` and shares no code with it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..plan import Plan
+from .encoder import Encoder
+
+
+def reference(
+    encoder: Encoder,
+    plan: Plan,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    gates: Tensor | None = None,
+) -> list[Tensor]:
+    """Logits [B, C] of every exit 1..N; a row's logits after it has left are those of its frozen hidden state.
+
+    Args:
+        plan: head units per row and layer, bool [B, N, H].
+        gates: [B, N, H], multiplied onto each unit's output; None = ones. Its gradient is the head feedback.
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    keep = attention_mask.bool()
+    batch, length = input_ids.shape
+    emb = encoder.embeddings
+    place = torch.arange(length).expand(batch, length)
+    if emb.position_offset:
+        place = (keep.cumsum(-1) - 1).clamp_min(0) + emb.position_offset
+    hidden = emb.words(input_ids) + emb.positions(place)
+    if emb.types is not None:
+        hidden = hidden + emb.types(torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids)
+    hidden = emb.norm(hidden)
+    on = plan.units.to(hidden.dtype) if gates is None else plan.units.to(hidden.dtype) * gates
+    exits = []
+    for layer, block in enumerate(encoder.blocks):
+        source = block.attention_norm(hidden) if block.pre_norm else hidden
+        query, key, value = (
+            torch.einsum("btd,hed->bhte", source, block.qkv_weight[:, i]) + block.qkv_bias[None, :, i, None]
+            for i in range(3)
+        )
+        scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+        if encoder.position_bias is not None:
+            scores = scores + encoder.position_bias(length)
+        scores = scores.masked_fill(~keep[:, None, None, :], -torch.inf)
+        mixed = (scores.softmax(-1) @ value) * on[:, layer, :, None, None]
+        new = hidden + torch.einsum("bhte,hed->btd", mixed, block.out_weight) + block.out_bias
+        if not block.pre_norm:
+            new = block.attention_norm(new)
+        source = block.ffn_norm(new) if block.pre_norm else new
+        inner = block.activation(torch.einsum("btd,hfd->bhtf", source, block.up_weight) + block.up_bias[None, :, None])
+        if block.coupled:
+            inner = inner * on[:, layer, :, None, None]
+        new = new + torch.einsum("bhtf,hfd->btd", inner, block.down_weight) + block.down_bias
+        if not block.pre_norm:
+            new = block.ffn_norm(new)
+        active = plan.units[:, layer].any(-1)[:, None, None]
+        hidden = torch.where(active, new, hidden)
+        if encoder.pooling == "cls":
+            pooled = hidden[torch.arange(batch), keep.int().argmax(-1)]
+        else:
+            pooled = (hidden * keep[..., None]).sum(1) / keep.sum(-1, keepdim=True)
+        exits.append(encoder.exit(layer + 1, pooled))
+    return exits

@@ -1,0 +1,87 @@
+"""What a policy is: anything that decides before every layer and may observe what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from ..cost import CostModel
+from ..model.packed import Packed
+from ..plan import Decision, Mode, Trace
+
+
+@dataclass
+class View:
+    """What a policy sees before layer `layer` + 1.
+
+    Attributes:
+        layer: layers already run, 0..N-1.
+        packed: the active rows' hidden states.
+        pool: turns packed rows into one vector a row.
+        logits: [R, C] of the exit just reached, or None (layer 0, or exits not computed).
+        previous: [R, C] of the exit before that, or None.
+        input_ids, attention_mask: [B, T], the whole batch as it came in.
+        trace: what was decided and executed so far.
+        mode: exploit, explore or probe.
+    """
+
+    layer: int
+    packed: Packed
+    pool: Callable[[Packed], Tensor]
+    logits: Tensor | None
+    previous: Tensor | None
+    input_ids: Tensor
+    attention_mask: Tensor
+    trace: Trace
+    mode: Mode = "exploit"
+
+    @property
+    def rows(self) -> Tensor:
+        """int64 [R], the active rows' positions in the batch."""
+        return self.packed.rows
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [R], tokens of the active rows."""
+        return self.packed.lengths
+
+    @cached_property
+    def pooled(self) -> Tensor:
+        """[R, D], one vector a row."""
+        return self.pool(self.packed)
+
+
+class Policy(nn.Module):
+    """Base class. `decide` never changes state; `observe` is the only writer."""
+
+    name: str = "policy"
+    num_features: int = 0
+    """F of the contexts that decisions carry; 0 for a policy that does not learn."""
+    reads_exits: bool = False
+    """True if `decide` needs the logits of every exit passed."""
+    trains_exits: bool = True
+    """True if training adds the loss of every exit passed, False if only the last one counts."""
+
+    def decide(self, view: View) -> Decision:
+        """What each active row does next."""
+        raise NotImplementedError
+
+    def decision_flops(self, layer: int, cost: CostModel) -> float:
+        """The policy's own arithmetic per row for one decision, in FLOPs."""
+        return 0.0
+
+    def observe(self, trace: Trace, quality: Tensor) -> None:
+        """Learns from a trace; `quality` float [B, N] in [0, 1] of each visited exit."""
+
+
+def run_all(view: View, heads: int) -> Decision:
+    """The decision to run every active row with every unit."""
+    device = view.rows.device
+    return Decision(
+        sets=torch.ones(1, heads, dtype=torch.bool, device=device),
+        choice=torch.zeros(view.rows.numel(), dtype=torch.long, device=device),
+    )

@@ -1,0 +1,155 @@
+"""The rivals, as policies: they go through the same loop and the same executor as the learned one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..plan import Decision, Plan
+from .base import Policy, View, run_all
+
+
+class DensePolicy(Policy):
+    """Runs everything; one exit, at the end."""
+
+    name = "dense"
+    trains_exits = False
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def decide(self, view: View) -> Decision:
+        return run_all(view, self.heads)
+
+
+class StaticPolicy(Policy):
+    """Every row runs the first L layers, each with its K best units.
+
+    Args:
+        layers: L.
+        units: K.
+        ranking: int64 [N, H], head units of each layer, best first.
+    """
+
+    name = "static"
+    trains_exits = False
+
+    def __init__(self, layers: int, units: int, ranking: Tensor) -> None:
+        super().__init__()
+        self.layers = layers
+        self.sets = torch.zeros(ranking.shape, dtype=torch.bool, device=ranking.device)
+        self.sets.scatter_(1, ranking[:, :units], True)
+
+    def decide(self, view: View) -> Decision:
+        runs = 0 if view.layer < self.layers else -1
+        return Decision(self.sets[view.layer][None], torch.full_like(view.rows, runs))
+
+
+class FixedPlan(Policy):
+    """Executes a given plan: any head set for any row (the exact per-sample path)."""
+
+    name = "plan"
+
+    def __init__(self, plan: Plan, reads_exits: bool = True) -> None:
+        super().__init__()
+        self.plan, self.reads_exits = plan, reads_exits
+
+    def decide(self, view: View) -> Decision:
+        wanted = self.plan.units[view.rows, view.layer]
+        sets, choice = wanted.unique(dim=0, return_inverse=True)
+        return Decision(sets, torch.where(wanted.any(-1), choice, -1))
+
+
+class DepthPolicy(Policy):
+    """Rivals that choose only when to leave; the head sets are the same for all rows.
+
+    Args:
+        sets: bool [N, H], units to run in each layer.
+    """
+
+    def __init__(self, sets: Tensor) -> None:
+        super().__init__()
+        self.sets = sets
+
+    def stops(self, view: View) -> Tensor:
+        """bool [R], which rows leave before the next layer."""
+        raise NotImplementedError
+
+    def decide(self, view: View) -> Decision:
+        choice = torch.zeros_like(view.rows)
+        if view.layer:
+            choice = torch.where(self.stops(view), -1, choice)
+        return Decision(self.sets[view.layer][None], choice)
+
+
+class ConfidencePolicy(DepthPolicy):
+    """Leaves once the exit's largest probability passes `threshold`."""
+
+    name = "confidence"
+    reads_exits = True
+
+    def __init__(self, sets: Tensor, threshold: float) -> None:
+        super().__init__(sets)
+        self.threshold = threshold
+
+    def stops(self, view: View) -> Tensor:
+        return view.logits.float().softmax(-1).amax(-1) > self.threshold
+
+
+class PatiencePolicy(DepthPolicy):
+    """Leaves once `patience` + 1 exits in a row agree (PABEE, arXiv 2006.04152); fractional patience mixes two rows-wise.
+
+    Args:
+        patience: agreements needed. With a fraction f, a share f of the rows (by position in a fixed hash of their
+            tokens) needs one more, so that any mean depth can be matched.
+    """
+
+    name = "patience"
+    reads_exits = True
+
+    def __init__(self, sets: Tensor, patience: float) -> None:
+        super().__init__(sets)
+        self.patience = patience
+
+    def stops(self, view: View) -> Tensor:
+        table, visited = view.trace.exit_table()
+        answers = table.argmax(-1)[view.rows, : view.layer]
+        same = (answers == answers[:, -1:]).flip(-1).long().cumprod(-1).sum(-1) - 1
+        whole = int(self.patience)
+        need = whole + (token_hash(view)[view.rows] < self.patience - whole).long()
+        return same >= need
+
+
+class PriorPolicy(Policy):
+    """Rivals that ignore the content: plans drawn from a list of executed ones, so that arm frequencies match.
+
+    Args:
+        plans: bool [P, N, H], plans that the learned policy executed; sorted by cost for `hash` and `length`.
+        kind: "random" draws one per row; "hash" picks by a hash of the tokens; "length" gives longer rows dearer plans.
+        lengths: int64 [P], sorted token counts of a sample of rows (for "length").
+    """
+
+    def __init__(self, plans: Tensor, kind: str, lengths: Tensor | None = None, seed: int = 0) -> None:
+        super().__init__()
+        self.name, self.kind, self.seed = kind, kind, seed
+        self.plans, self.lengths = plans[plans.sum((1, 2)).argsort(stable=True)], lengths
+
+    def decide(self, view: View) -> Decision:
+        # Seeded by the batch's own tokens: reproducible, and new for every batch.
+        if self.kind == "length":
+            share = torch.searchsorted(self.lengths, view.attention_mask.sum(-1)) / len(self.lengths)
+        else:
+            share = token_hash(view, salt=self.seed if self.kind == "random" else 0)
+        pick = (share * len(self.plans)).long().clamp(0, len(self.plans) - 1)
+        wanted = self.plans[pick[view.rows], view.layer]
+        sets, choice = wanted.unique(dim=0, return_inverse=True)
+        return Decision(sets, torch.where(wanted.any(-1), choice, -1))
+
+
+def token_hash(view: View, salt: int = 0) -> Tensor:
+    """Uniform-looking value in [0, 1) of each batch row's tokens, float64 [B]; padding does not change it."""
+    ids = view.input_ids * view.attention_mask.long()
+    place = view.attention_mask.long().cumsum(-1)
+    mixed = ((ids + 1) * (place * 2_654_435_761 + 97 + salt * 7_919) % 2_147_483_647) * view.attention_mask.long()
+    return ((mixed.sum(-1) * 48_271 + salt * 69_621) % 2_147_483_647).double() / 2_147_483_647

@@ -1,0 +1,45 @@
+"""The context phi: a few numbers about a row that the exit head has all but computed already."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .base import View
+
+EXIT_FEATURES = 8
+"""bias, log length, confidence, its square, entropy, margin, agreement with the previous exit, previous confidence."""
+
+
+def features(view: View, projection: Tensor) -> Tensor:
+    """The context of every active row, float64 [R, 8 + P].
+
+    Before layer 1 there is no exit: its features are zero, and the random projection of the mean embedding speaks alone.
+
+    Args:
+        view: what the policy sees.
+        projection: float [P, D], fixed random directions.
+    """
+    rows = view.rows.numel()
+    pooled = view.pooled.float() if view.layer else view.packed.mean().float()
+    phi = pooled.new_zeros(rows, EXIT_FEATURES + projection.shape[0])
+    phi[:, 0] = 1.0
+    phi[:, 1] = view.lengths.float().log() / math.log(512)
+    if view.logits is not None:
+        log_probs = view.logits.float().log_softmax(-1)
+        probs = log_probs.exp()
+        top, label = probs.topk(2, -1)
+        phi[:, 2] = top[:, 0]
+        phi[:, 3] = top[:, 0].square()
+        phi[:, 4] = -(probs * log_probs).sum(-1) / math.log(probs.shape[-1])
+        phi[:, 5] = top[:, 0] - top[:, 1]
+        if view.previous is not None:
+            before = view.previous.float().softmax(-1).max(-1)
+            phi[:, 6] = (before.indices == label[:, 0]).float()
+            phi[:, 7] = before.values
+    if projection.shape[0]:
+        unit = torch.nn.functional.normalize(pooled, dim=-1)
+        phi[:, EXIT_FEATURES:] = unit @ projection.to(unit.dtype).T
+    return phi.to(torch.float64)

@@ -1,0 +1,185 @@
+"""What tree and integrated search share: the bandits' state, the price, and which heads to run given their number."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..bandit.posterior import LinearPosterior
+from ..bandit.thompson import codebook, mean_scores, nearest_in_codebook, sample_scores
+from ..cost import CostModel
+from ..plan import Decision, Trace
+from .base import Policy, View
+from .budget import price_for
+from .context import EXIT_FEATURES, features
+
+
+class LearnedPolicy(Policy):
+    """UCB over numbers and combinatorial Thompson sampling over head units; state is sufficient statistics only.
+
+    All state is buffers, so it is saved, loaded and moved with the model: posteriors in float64, the price, a step counter
+    from which every random draw is derived (two runs with the same seed and data draw the same), the measured price curve,
+    and the head sets that inference chooses among.
+
+    Args:
+        config: a `DHTConfig`.
+        num_arms: numeric arms in all.
+    """
+
+    CURVE = 8  # points of the measured price curve
+
+    def __init__(self, config, num_arms: int) -> None:
+        super().__init__()
+        self.layers, self.heads = config.num_hidden_layers, config.num_attention_heads
+        self.widths = [int(width) for width in config.widths]
+        self.num_features = EXIT_FEATURES + config.context_projection
+        self.alpha, self.sigma = config.alpha, config.sigma
+        self.exploration, self.max_sets, self.seed = config.exploration, config.head_sets, config.policy_seed
+        self.numbers = LinearPosterior(num_arms, self.num_features, 2, config.ridge, config.forgetting)
+        self.units = LinearPosterior(self.layers * self.heads, self.num_features, 1, config.ridge, config.forgetting)
+        generator = torch.Generator().manual_seed(self.seed)
+        sets = torch.zeros(self.layers, len(self.widths), self.max_sets, self.heads, dtype=torch.bool)
+        for i, width in enumerate(self.widths):
+            sets[:, i, :, :width] = True
+        self.register_buffer("projection", torch.randn(config.context_projection, config.hidden_size, generator=generator))
+        self.register_buffer("price", torch.tensor(0.02, dtype=torch.float64))
+        self.register_buffer("step", torch.tensor(0, dtype=torch.long))
+        self.register_buffer("curve_price", torch.full((self.CURVE,), 0.02, dtype=torch.float64))
+        self.register_buffer("curve_fraction", torch.ones(self.CURVE, dtype=torch.float64))
+        self.register_buffer("head_sets", sets)
+
+    def _apply(self, fn, recurse: bool = True):
+        """Moves state between devices and never changes its dtype: a bfloat16 model keeps its float64 statistics."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+    # Deciding
+
+    def decide(self, view: View) -> Decision:
+        raise NotImplementedError
+
+    def _generator(self, layer: int, salt: int = 0) -> torch.Generator:
+        """A generator that depends on seed, step and layer alone, so that choosing leaves no trace in the policy."""
+        mixed = (self.seed * 1_000_003 + int(self.step)) * 4_099 + layer * 7 + salt
+        return torch.Generator().manual_seed(mixed & 0x7FFF_FFFF_FFFF_FFFF)
+
+    def _row_draws(self, view: View, salt: int) -> Tensor:
+        """Uniform draws for the active rows, the same for a row at every layer of a step."""
+        batch = view.input_ids.shape[0]
+        return torch.rand(batch, generator=self._generator(0, salt)).to(view.rows.device)[view.rows]
+
+    def _random_widths(self, view: View) -> Tensor:
+        """int64 [R], a width index per row, kept through all layers."""
+        return (self._row_draws(view, 2) * len(self.widths)).long().clamp_max(len(self.widths) - 1)
+
+    def _pick_sets(self, view: View, context: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+        """Head sets [G, H] and each row's choice [R], given each row's width index (-1 = stops).
+
+        Exploring: a joint posterior draw, then at most `max_sets` sets per width with the best sampled scores.
+        Exploiting: the kept sets and posterior means, so that a row's sets do not depend on the rest of its batch.
+        """
+        arms = slice(view.layer * self.heads, (view.layer + 1) * self.heads)
+        device = width.device
+        if view.mode == "exploit" and self.max_sets == 1:
+            return self.head_sets[view.layer, :, 0], width
+        if view.mode == "exploit":
+            scores = mean_scores(self.units, context, arms)
+        else:
+            scores = sample_scores(self.units, context, self.sigma, self._generator(view.layer, 3), arms)
+        sets, choice, total = [], torch.full_like(width, -1), 0
+        for index in width.unique().tolist():
+            if index < 0:
+                continue
+            rows = (width == index).nonzero()[:, 0]
+            if self.widths[index] == self.heads:
+                candidates = torch.ones(1, self.heads, dtype=torch.bool, device=device)
+            elif view.mode == "exploit":
+                candidates = self.head_sets[view.layer, index]
+            else:
+                candidates = codebook(scores[rows], self.widths[index], self.max_sets)
+            choice[rows] = nearest_in_codebook(scores[rows], candidates) + total
+            sets.append(candidates)
+            total += len(candidates)
+        return torch.cat(sets) if sets else torch.ones(1, self.heads, dtype=torch.bool, device=device), choice
+
+    def _features(self, view: View) -> Tensor:
+        return features(view, self.projection)
+
+    def decision_flops(self, layer: int, cost: CostModel) -> float:
+        arms = self.numbers.num_arms // max(self.layers, 1)
+        features = self.num_features
+        return 2.0 * features * (arms * (features + 2) + self.heads) + 2.0 * self.projection.numel()
+
+    # Learning
+
+    def observe_units(self, trace: Trace) -> None:
+        """Semi-bandit update from gate gradients: each executed unit is paid |d loss / d gate|, scaled to mean 1 a layer.
+
+        The gradient is the first-order change of the row's loss if the unit were removed (Michel et al. 2019,
+        arXiv 1905.10650); the scale makes layers and stages of training comparable.
+        """
+        if not trace.gate_grads:
+            return
+        rows, layers, heads = trace.units.shape
+        value = torch.zeros(rows, layers, heads, dtype=torch.float64, device=trace.units.device)
+        for layer, groups in trace.gate_grads.items():
+            for index, units, grads in groups:
+                value[index[:, None], layer, units[None, :]] += grads.double()
+        value = value.abs()
+        ran = trace.units
+        scale = value.sum((0, 2)) / ran.sum((0, 2)).clamp_min(1)
+        value = value / scale.clamp_min(1e-30)[None, :, None]
+        good = (value.isfinite().all(-1) & ran.any(-1) & (scale > 0)).nonzero()
+        row, layer = good[:, 0], good[:, 1]
+        weight = torch.zeros(len(good), layers, heads, dtype=torch.float64, device=value.device)
+        target = torch.zeros_like(weight)
+        pair = torch.arange(len(good), device=value.device)
+        weight[pair, layer] = ran[row, layer].double()
+        target[pair, layer] = value[row, layer]
+        self.units.update(trace.context[row, layer], weight.flatten(1), target.flatten(1))
+
+    def finish_step(self) -> None:
+        """Moves the random draws on; called once after each training or probe step."""
+        self.step += 1
+
+    # What serving needs
+
+    @torch.no_grad()
+    def fix_head_sets(self, contexts: Tensor) -> None:
+        """Fixes the head sets that inference chooses among, from posterior means.
+
+        Args:
+            contexts: float64 [B, N, F], contexts of probed rows.
+        """
+        for layer in range(self.layers):
+            scores = mean_scores(self.units, contexts[:, layer], slice(layer * self.heads, (layer + 1) * self.heads))
+            for i, width in enumerate(self.widths):
+                found = codebook(scores, width, self.max_sets)
+                self.head_sets[layer, i] = found[0]
+                self.head_sets[layer, i, : len(found)] = found
+
+    def fix_curve(self, prices: Tensor, fractions: Tensor) -> None:
+        """Keeps the measured (price, FLOPs fraction) pairs, from which `set_budget` serves any budget."""
+        self.curve_price.copy_(prices)
+        self.curve_fraction.copy_(fractions)
+
+    def set_budget(self, budget: float) -> None:
+        """Sets the price at which the measured fraction is `budget` (as near as the curve allows)."""
+        self.price.fill_(price_for(budget, self.curve_price, self.curve_fraction))
+
+    def mean_context(self, layer: int) -> Tensor:
+        """float64 [F], mean context seen at `layer` (feature 0 is the constant 1, so the Gram matrix holds it)."""
+        gram = self.units.gram[layer * self.heads : (layer + 1) * self.heads].sum(0)
+        return gram[0] / gram[0, 0].clamp_min(1e-12)
+
+    def ranking(self) -> Tensor:
+        """int64 [N, H], head units of each layer, most useful first, at the mean context."""
+        scores = [
+            mean_scores(self.units, self.mean_context(layer)[None], slice(layer * self.heads, (layer + 1) * self.heads))
+            for layer in range(self.layers)
+        ]
+        return torch.cat(scores).argsort(dim=-1, descending=True, stable=True)

@@ -1,0 +1,50 @@
+"""Quality in [0, 1] of every visited exit: what the numeric arms are paid in."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..plan import Trace
+
+Reward = Literal["correct", "probability"]
+
+
+def quality(trace: Trace, labels: Tensor, kind: Reward = "correct") -> Tensor:
+    """float64 [B, N], quality of each visited exit; 0 where a row did not pass.
+
+    Args:
+        labels: int64 [B], the true classes.
+        kind: "correct": 1 if the exit's answer is right. "probability": the true label's probability (less noise, but
+            a deep exit that is only surer looks better).
+    """
+    logits, visited = trace.exit_table()
+    if kind == "correct":
+        value = (logits.argmax(-1) == labels[:, None]).to(torch.float64)
+    else:
+        value = logits.double().softmax(-1).gather(-1, labels[:, None, None].expand(-1, logits.shape[1], 1))[..., 0]
+    return value * visited
+
+
+def returns(trace: Trace, quality: Tensor) -> tuple[Tensor, Tensor]:
+    """Final quality and cost-to-go of running on at each decision, both float64 [B, N].
+
+    A row that was made to run on (exploration, probing) is credited with the exit where the greedy rule would have left:
+    full depth is seen, yet the value is that of the policy.
+
+    Args:
+        quality: float64 [B, N], of every visited exit.
+    """
+    num_layers = quality.shape[1]
+    final, cost = torch.zeros_like(quality), torch.zeros_like(quality)
+    last = trace.layers
+    for layer in range(num_layers - 1, -1, -1):
+        final[:, layer] = quality[:, layer]
+        cost[:, layer] = trace.layer_cost[:, layer]
+        if layer + 1 < num_layers:
+            goes_on = (last > layer + 1) & ~trace.wants_stop[:, layer + 1]
+            final[:, layer] = torch.where(goes_on, final[:, layer + 1], final[:, layer])
+            cost[:, layer] += torch.where(goes_on, cost[:, layer + 1], 0.0)
+    return final, cost
