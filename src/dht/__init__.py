@@ -17,7 +17,7 @@ _WHERE = {
 __all__ = ["__version__", *_WHERE]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     """Imports public names on first use, so that `import dht` and `dht --help` stay light."""
     if name not in _WHERE:
         raise AttributeError(f"module 'dht' has no attribute {name!r}")

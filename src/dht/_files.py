@@ -146,17 +146,13 @@ def _sync(path: Path) -> None:
     unsupported = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EISDIR, errno.EPERM}
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        if error.errno in unsupported:
-            return
-        raise
-    try:
-        os.fsync(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         if error.errno not in unsupported:
             raise
-    finally:
-        os.close(descriptor)
 
 
 def _umask() -> int:

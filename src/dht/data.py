@@ -192,7 +192,7 @@ def _open_source(source: str, text_column: str, label_column: str) -> _Source:
     if _HUB_ID.fullmatch(source):
         return _hub(source, text_column, label_column)
     raise DataError(
-        f"no data at {shown(source)}: no folder there, and embedded data sets are {listed(assets.DATASETS)}; "
+        f"no data at {shown(source, 300)}: no folder there, and embedded data sets are {listed(assets.DATASETS)}; "
         "check the path"
     )
 
@@ -225,8 +225,8 @@ def _hub(source: str, text_column: str, label_column: str) -> _Source:
         datasets: Any = importlib.import_module("datasets")
     except ImportError:
         raise DataError(
-            f"no data at {shown(source)}: no folder there, embedded data sets are {listed(assets.DATASETS)}, and a "
-            "Hugging Face dataset id needs the package datasets; check the path, or run "
+            f"no data at {shown(source, 300)}: no folder there, embedded data sets are {listed(assets.DATASETS)}, and "
+            "a Hugging Face dataset id needs the package datasets; check the path, or run "
             'pip install "dht-transformer[data]"'
         ) from None
     identifier, _, config = source.partition(":")

@@ -13,9 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Mode = Literal["exploit", "explore", "probe"]
+Mode = Literal["exploit", "explore", "probe", "survey"]
 """exploit: the policy's best guess, the same for a row whatever its batch. explore: as in training, optimism and
-exploration floor on. probe: every row runs all layers, so that every exit's quality is seen."""
+exploration floor on. probe: every row runs all layers, so that every exit's quality is seen. survey: every row runs all
+layers with all units, so that every unit's gate gradient is seen too."""
 
 
 @dataclass

@@ -151,6 +151,21 @@ def test_cache_is_kept_while_nothing_changes_and_dropped_when_anything_does() ->
     torch.testing.assert_close(cached.mean(), 6 * before)
 
 
+def test_replaced_buffer_is_seen_even_at_the_same_version() -> None:
+    cached = posterior(seed=None)
+    before = cached.factor()
+    cached.gram = cached.gram + 3.0 * torch.eye(3, dtype=torch.float64)
+    torch.testing.assert_close(cached.factor()[0, 0, 0], torch.tensor(3.0 + 0.3).double().sqrt(), rtol=1e-6, atol=0.0)
+    assert not torch.equal(cached.factor(), before)
+
+
+def test_cache_is_not_pickled() -> None:
+    original = posterior()
+    size = len(pickle.dumps(original))
+    original.mean()
+    assert len(pickle.dumps(original)) == size
+
+
 def test_inference_mode_neither_breaks_nor_fools_the_cache() -> None:
     plain, inference = posterior(), posterior()
     plain.update(*rows(1, 4))

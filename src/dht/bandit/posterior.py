@@ -366,8 +366,7 @@ def _cholesky(precision: Tensor) -> Tensor:
     eye = torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
     # From rounding level up to 1e-6: what needs more than that is a corrupt state, not rounding.
     while bool((info != 0).any()) and jitter < 1e-6:
-        amount = torch.where(info != 0, jitter * scale, 0.0)
-        retried, retried_info = torch.linalg.cholesky_ex(precision + amount[:, None, None] * eye)
+        retried, retried_info = torch.linalg.cholesky_ex(precision + jitter * scale[:, None, None] * eye)
         failed = (info != 0)[:, None, None]
         lower, info = torch.where(failed, retried, lower), torch.where(info != 0, retried_info, info)
         jitter *= 10.0

@@ -163,3 +163,61 @@ def deal_neurons(block: torch.nn.Module, unit_importance: Tensor, neuron_importa
     for weight in (block.up_weight, block.up_bias, block.down_weight):
         flat = weight.flatten(0, 1)
         weight.copy_(flat[order].view_as(weight))
+
+
+def export(dynamic: DHTForSequenceClassification) -> PreTrainedModel:
+    """The dense model of the family that `dynamic` came from, with its weights and last exit: plain `transformers`.
+
+    Raises:
+        DHTError: the weights came from no family (a from-scratch preset).
+    """
+    config = dynamic.config
+    family = FAMILIES.get(config.source)
+    if family is None:
+        raise DHTError(f"model: {config.source!r} has no counterpart in transformers; what has: {', '.join(sorted(FAMILIES))}")
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "vocab_size",
+             "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "layer_norm_eps",
+             "pad_token_id", "id2label", "label2id")  # fmt: skip
+    sizes = {name: getattr(config, name) for name in names}
+    if family["types"]:
+        sizes["type_vocab_size"] = config.type_vocab_size
+    if family["bias"]:
+        sizes["relative_attention_num_buckets"] = config.relative_attention_num_buckets
+    plain = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(config.source, **sizes))
+    prefix = f"{plain.base_model_prefix}."
+    own = set(plain.state_dict())
+    state: dict[str, Tensor] = {}
+
+    def put(name: str | None, **parts: Tensor) -> None:
+        for part, tensor in parts.items():
+            if name:
+                full = f"{name}.{part}"
+                state[full if full in own else prefix + full] = tensor.detach().contiguous()
+
+    def module(name: str | None, source: torch.nn.Module) -> None:
+        put(name, **dict(source.named_parameters(recurse=False)))
+
+    encoder, head = dynamic.encoder, dynamic.encoder.exits[-1]
+    module(family["words"], encoder.embeddings.words)
+    module(family["positions"], encoder.embeddings.positions)
+    module(family["norm"], encoder.embeddings.norm)
+    if encoder.embeddings.types is not None:
+        module(family["types"], encoder.embeddings.types)
+    if encoder.position_bias is not None:
+        module(family["bias"], encoder.position_bias.values)
+    for index, block in enumerate(encoder.blocks):
+        at = family["layer"].format(index)
+        for i, part in enumerate(("query", "key", "value")):
+            put(at + family[part], weight=block.qkv_weight[:, i].flatten(0, 1), bias=block.qkv_bias[:, i].flatten())
+        put(at + family["out"], weight=block.out_weight.flatten(0, 1).T, bias=block.out_bias)
+        put(at + family["up"], weight=block.up_weight.flatten(0, 1), bias=block.up_bias.flatten())
+        put(at + family["down"], weight=block.down_weight.flatten(0, 1).T, bias=block.down_bias)
+        module(at + family["attention_norm"], block.attention_norm)
+        module(at + family["ffn_norm"], block.ffn_norm)
+    module(family["head"] or family["pooler"], head.dense)
+    module(family["classifier"], head.classifier)
+    with torch.no_grad():
+        missing, unexpected = plain.load_state_dict(state, strict=False)
+    lost = [name for name in missing if "position_ids" not in name]
+    assert not lost and not unexpected, f"name map of {config.source} is incomplete: {lost} {unexpected}"
+    return plain

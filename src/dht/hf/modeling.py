@@ -101,6 +101,7 @@ class DHTForSequenceClassification(PreTrainedModel):
         labels: Tensor | None = None,
         policy: Policy | None = None,
         mode: Mode = "exploit",
+        every_exit: bool = False,
         tap_gates: bool = False,
         return_dict: bool | None = None,
         **_: object,
@@ -114,6 +115,7 @@ class DHTForSequenceClassification(PreTrainedModel):
             labels: int64 [B]; adds the loss over all visited exits.
             policy: what decides; None = `active_policy`, else the learned policy.
             mode: exploit (default), explore or probe.
+            every_exit: compute every exit passed, even if the policy does not read them.
             tap_gates: collect gate gradients in backward.
         """
         chosen = policy or self.active_policy or self.policy
@@ -124,7 +126,7 @@ class DHTForSequenceClassification(PreTrainedModel):
             attention_mask,
             token_type_ids,
             mode=mode,
-            every_exit=labels is not None and chosen.trains_exits,
+            every_exit=every_exit or (labels is not None and chosen.trains_exits),
             tap_gates=tap_gates,
         )
         loss = None if labels is None else exit_loss(trace, labels)

@@ -81,7 +81,7 @@ def execute(
         if not packed.rows.numel():
             break
         started = time.perf_counter()
-        view = View(layer, packed, encoder.pool, logits, previous, input_ids, attention_mask, mode)
+        view = View(layer, packed, encoder.pool, logits, previous, input_ids, attention_mask, trace, mode)
         decision = policy.decide(view)
         if learns and decision.context is not None:
             trace.context[packed.rows, layer] = decision.context
@@ -106,13 +106,14 @@ def execute(
             if not packed.rows.numel():
                 break
 
+        gates = trace.gate_grads.setdefault(layer, []) if tap_gates else []
         used = [(units, count) for units, count in zip(decision.sets, counts, strict=True) if count]
         groups = packed.split([count for _, count in used])
         outputs = []
         for (mask, _), group in zip(used, groups, strict=True):
             size = int(mask.sum())
             units = None if size == heads else mask.nonzero()[:, 0]
-            tap = partial(_tap, trace, layer, group, units) if tap_gates else None
+            tap = partial(_tap, gates, group.rows, group.token_row, units) if tap_gates else None
             outputs.append(encoder.blocks[layer](group, units, bias, tap))
             trace.units[group.rows, layer] = mask
             spent = cost.layer(group.lengths, size, group.max_length)
@@ -135,10 +136,20 @@ def execute(
     return trace
 
 
-def _tap(trace: Trace, layer: int, group: Packed, units: Tensor | None, part: str, product: Tensor) -> None:
-    """Sums activation * gradient over each row's tokens: d loss / d gate, added over a unit's attention and FFN part."""
+def _tap(
+    gates: list[tuple[Tensor, Tensor, Tensor]],
+    rows: Tensor,
+    token_row: Tensor,
+    units: Tensor | None,
+    part: str,
+    product: Tensor,
+) -> None:
+    """Sums activation * gradient over each row's tokens: d loss / d gate, one entry for attention and one for the FFN.
+
+    It must not hold the trace: the trace holds the graph, the graph holds this hook, and nothing would ever be freed.
+    """
     per_token = product.sum(-1)
-    grads = per_token.new_zeros(group.lengths.numel(), per_token.shape[-1]).index_add(0, group.token_row, per_token)
+    grads = per_token.new_zeros(rows.numel(), per_token.shape[-1]).index_add(0, token_row, per_token)
     if units is None:
         units = torch.arange(grads.shape[1], device=grads.device)
-    trace.gate_grads.setdefault(layer, []).append((group.rows, units, grads))
+    gates.append((rows, units, grads))

@@ -40,9 +40,11 @@ class IntegratedPolicy(LearnedPolicy):
         alpha = 0.0 if view.mode == "exploit" else self.alpha
         arm = choose(ucb_index(self.numbers, context, alpha, self.price))
         if view.mode != "exploit":
-            floor = 1.0 if view.mode == "probe" else self.exploration
+            floor = self.exploration if view.mode == "explore" else 1.0
             deep = (self.layers - 1) * self.arms + self._random_widths(view)
             arm = torch.where(self._row_draws(view, 1) < floor, deep, arm)
+            if view.mode == "survey":
+                arm = torch.full_like(arm, self.layers * self.arms - 1)
         return arm
 
     def decision_flops(self, layer: int, cost: CostModel) -> float:

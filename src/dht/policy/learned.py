@@ -84,6 +84,8 @@ class LearnedPolicy(Policy):
         """
         arms = slice(view.layer * self.heads, (view.layer + 1) * self.heads)
         device = width.device
+        if view.mode == "survey":
+            return torch.ones(1, self.heads, dtype=torch.bool, device=device), width.clamp_max(0)
         if view.mode == "exploit" and self.max_sets == 1:
             return self.head_sets[view.layer, :, 0], width
         if view.mode == "exploit":

@@ -38,7 +38,7 @@ class TreePolicy(LearnedPolicy):
                 arm = choose(ucb_index(self.numbers, context, self.alpha, self.price, arms), allowed)
             running = allowed.clone()
             running[0] = False
-            if view.mode == "probe":
+            if view.mode in ("probe", "survey"):
                 forced = torch.ones_like(wants_stop)
                 wander = self._row_draws(view, 1) < 0.5
             else:
@@ -46,6 +46,8 @@ class TreePolicy(LearnedPolicy):
             onward = choose(ucb_index(self.numbers, context, self.alpha, self.price, arms), running)
             arm = torch.where(forced, onward, arm)
             arm = torch.where(wander, 1 + self._random_widths(view), arm)
+            if view.mode == "survey":
+                arm = torch.full_like(arm, len(self.widths))
         sets, choice = self._pick_sets(view, context, arm - 1)
         return Decision(sets, choice, arm, context, wants_stop)
 

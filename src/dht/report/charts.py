@@ -47,8 +47,8 @@ CHART_CSS = """
 .chart .cell-low { fill: var(--ink); } .chart .cell-high { fill: var(--on-accent); }
 .chart .cell-mid { fill: var(--mid-accent); }
 .chart .cell-low, .chart .cell-mid, .chart .cell-high { font-size: 11px; }
-.chart .trace { fill: none; stroke-width: 2; stroke-linejoin: round; }
-.chart .dashed { stroke-dasharray: 5 4; } .chart .thin { stroke-width: 1.5; }
+.chart .trace { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
+.chart .dashed { stroke-dasharray: 5 4; stroke-linecap: butt; } .chart .thin { stroke-width: 1.5; }
 .chart .mark { stroke: var(--surface); stroke-width: 1.2; }
 .chart .halo { stroke: var(--surface); stroke-width: 3; stroke-linejoin: round; paint-order: stroke; }
 .k-dense { --series: var(--ink); } .k-learned { --series: var(--accent); } .k-integrated { --series: var(--violet); }
@@ -109,7 +109,7 @@ def layers_chart(histogram: Sequence[int]) -> str:
         label = f"{count:,.0f}"
         if len(label) * CHARACTER <= slot or count == max(counts.values()):
             _add(svg, "text", label, x=middle, y=top - 5, text_anchor="middle", class_="value")
-        if slot >= 2.4 * CHARACTER or index % 2 == len(counts) % 2:
+        if slot >= 3 * CHARACTER or index % 2 == len(counts) % 2:
             _add(svg, "text", str(layers), x=middle, y=237, text_anchor="middle")
     _add(svg, "text", "layers run", x=(54 + WIDTH - 6) / 2, y=258, text_anchor="middle")
     return _done(svg)
@@ -151,7 +151,7 @@ def _heat_cell(
     _add(svg, "rect", x=x, y=y, width=width, height=height, rx=2, class_="empty")
     _add(svg, "rect", tip=tip, x=x, y=y, width=width, height=height, rx=2, class_="cell", fill_opacity=share)
     if width >= 22 and finite(value) is not None:
-        shade = "low" if share < 0.58 else "mid" if share < 0.76 else "high"
+        shade = "low" if share < 0.64 else "mid" if share < 0.76 else "high"
         label = f"{100 * share:.0f}"
         attributes: dict[str, Any] = {"text_anchor": "middle", "pointer_events": "none", "class_": f"cell-{shade}"}
         _add(svg, "text", label, x=x + width / 2, y=y + height / 2 + 4, **attributes)
@@ -174,16 +174,16 @@ def tradeoff_chart(points: Sequence[Mapping[str, Any]]) -> str:
     """
     drawn = [point for point in points if _position(point) is not None]
     words = "; ".join(f"{p.get('name')}: {percent(p['accuracy'])} at {percent(p['flops_fraction'])}" for p in drawn)
-    svg = _svg("tradeoff", 310, "Accuracy against compute", f"Accuracy at a share of the dense FLOPs. {words}.")
+    svg = _svg("tradeoff", 350, "Accuracy against compute", f"Accuracy at a share of the dense FLOPs. {words}.")
     lows = [p["accuracy"] - (finite(p.get("ci")) or 0) for p in drawn] or [0.0]
     highs = [p["accuracy"] + (finite(p.get("ci")) or 0) for p in drawn] or [1.0]
     margin = max(0.01, 0.12 * (max(highs) - min(lows)))
-    y = Axis(max(0.0, min(lows) - margin), min(1.0 + margin / 2, max(highs) + margin), 240, 26)
+    y = Axis(max(0.0, min(lows) - margin), min(1.0 + margin / 2, max(highs) + margin), 280, 26)
     x = Axis(0, 1.06 * max([1.0, *(p["flops_fraction"] for p in drawn)]), 60, WIDTH - 6)
     ticks = [tick for tick in y.ticks(5) if tick <= 1]
     digits = 0 if all(abs(100 * tick - round(100 * tick)) < 1e-6 for tick in ticks) else 1
     _y_axis(svg, y, 60, WIDTH - 6, "accuracy", ticks, f"{{:.{digits}%}}")
-    _x_axis(svg, x, 240, "compute, % of the dense FLOPs at inference", x.ticks(6), "{:.0%}")
+    _x_axis(svg, x, 280, "compute, % of the dense FLOPs at inference", x.ticks(6), "{:.0%}")
     kinds = _styles(drawn)
     occupied = [_extent(p, x, y) for p in drawn]
     for kind, (css, marker) in kinds.items():
@@ -196,7 +196,7 @@ def tradeoff_chart(points: Sequence[Mapping[str, Any]]) -> str:
             _draw_point(group, point, left, top, marker, y)
     for point in sorted(drawn, key=lambda p: _rank(p.get("kind"))):
         _place_label(svg, str(point.get("name", "")), x.at(point["flops_fraction"]), y.at(point["accuracy"]), occupied)
-    svg.set("viewBox", f"0 0 {WIDTH} {_legend(svg, 296, kinds) + 10:.0f}")
+    svg.set("viewBox", f"0 0 {WIDTH} {_legend(svg, 336, kinds) + 10:.0f}")
     return _done(svg)
 
 
@@ -243,7 +243,7 @@ def _place_label(svg: ET.Element, name: str, x: float, y: float, occupied: list[
     width = len(label) * CHARACTER
     for left, baseline in ((x + 9, y + 15), (x - width / 2, y - 11), (x - 9 - width, y - 7), (x - width / 2, y + 20)):
         spot = (left, baseline - 11, width, 14.0)
-        inside = left >= 62 and left + width <= WIDTH - 2 and 14 <= spot[1] <= 225
+        inside = left >= 62 and left + width <= WIDTH - 2 and 14 <= spot[1] <= 265
         if inside and not any(_overlap(spot, other) for other in occupied):
             _add(svg, "text", label, x=left, y=baseline, class_="value halo")
             occupied.append(spot)
@@ -275,7 +275,8 @@ def training_chart(history: Sequence[Mapping[str, Any]]) -> str:
         history: dicts with `step` and any of `fraction` and `target` (of the dense FLOPs), `price` and `loss`. Long
             histories are averaged in buckets of steps.
     """
-    rows = _buckets([row for row in history if finite(row.get("step")) is not None])
+    dated = [row for row in history if finite(row.get("step")) is not None]
+    rows = _buckets(dated)
     panels = [
         (title, fields)
         for title, fields in (
@@ -285,8 +286,9 @@ def training_chart(history: Sequence[Mapping[str, Any]]) -> str:
         )
         if any(row.get(field) is not None for row in rows for field in fields)
     ]
-    steps = [row["step"] or 0.0 for row in rows] or [0.0]
-    x = Axis(min(steps), max(max(steps), min(steps) + 1), 60, WIDTH - 10)
+    steps = [float(row["step"]) for row in dated] or [0.0]
+    first = 0.0 if 0 <= min(steps) <= 0.1 * max(steps) else min(steps)
+    x = Axis(first, max(max(steps), first + 1), 60, WIDTH - 10)
     bottom = 16.0 + sum(_panel_height(fields) for _, fields in panels)
     description = f"{len(history)} records, steps {min(steps):.0f} to {max(steps):.0f}."
     svg = _svg("training", bottom + 40, "Compute executed during training, against its schedule", description)
@@ -323,7 +325,7 @@ def _panel(
 
 
 def _line_legend(svg: ET.Element, y: float) -> None:
-    for x, css, line, label in ((286, "k-learned", "trace", "executed"), (374, "k-dense", "trace dashed", "schedule")):
+    for x, css, line, label in ((278, "k-learned", "trace", "executed"), (370, "k-dense", "trace dashed", "schedule")):
         group = _add(svg, "g", class_=css)
         _add(group, "path", d=f"M{x} {y:.1f}h22", class_=line)
         _add(svg, "text", label, x=x + 27, y=y + 4)
@@ -344,14 +346,12 @@ def _buckets(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float | None]]
 
 
 def _path(spots: Sequence[tuple[float, float] | None]) -> str:
-    """SVG path data through the spots; a None breaks the line."""
+    """SVG path data through the spots; a None breaks the line, and a spot alone is a dot (a line of no length)."""
     parts, pen = [], "M"
     for spot in spots:
-        if spot is None:
-            pen = "M"
-        else:
-            parts.append(f"{pen}{spot[0]:.1f} {spot[1]:.1f}")
-            pen = "L"
+        if spot is not None:
+            parts.append(f"M{spot[0]:.1f} {spot[1]:.1f}h0" if pen == "M" else f"L{spot[0]:.1f} {spot[1]:.1f}")
+        pen = "M" if spot is None else "L"
     return "".join(parts)
 
 
@@ -364,6 +364,7 @@ def _y_axis(svg: ET.Element, y: Axis, left: float, right: float, title: str, tic
 
 
 def _x_axis(svg: ET.Element, x: Axis, top: float, title: str, ticks: Sequence[float], form: str) -> None:
+    _add(svg, "line", x1=x.start, x2=x.end, y1=top, y2=top, class_="grid")
     for tick in ticks:
         _add(svg, "line", x1=x.at(tick), x2=x.at(tick), y1=top, y2=top + 4, class_="grid")
         _add(svg, "text", form.format(tick), x=x.at(tick), y=top + 18, text_anchor="middle")

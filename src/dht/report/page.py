@@ -178,7 +178,7 @@ def _layers_caption(histogram: Sequence[Any]) -> str:
         return "No samples were counted."
     median = next(layers for layers, reached in enumerate(accumulate(counts)) if 2 * reached >= total)
     if median >= full:
-        return f"At least half of the samples ran all {full} layers."
+        return f"At least half of the samples ran all {full} layers." if full > 1 else "There is one layer."
     return f"At least half of the samples had left after layer {median} of {full}."
 
 
@@ -189,7 +189,9 @@ def _summary(report: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) ->
     subject = "The average sample" if count is None else f"Over {count:,.0f} samples, the average one"
     if finite(report.get("mean_layers")) is None:
         return f"The number of layers that the average sample ran was {NOT_MEASURED}."
-    sentence = f"{subject} ran {decimal(report['mean_layers'])} of {layers or MISSING} layers"
+    sentence = (
+        f"{subject} ran {decimal(report['mean_layers'])} of {layers or MISSING} layer{'s' if layers != 1 else ''}"
+    )
     if finite(report.get("mean_heads")) is not None and heads:
         sentence += f" and {decimal(report['mean_heads'], 1)} of {heads} head units per layer"
     return sentence + "."

@@ -75,7 +75,7 @@ def summary_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -
         A table with accuracy, inference FLOPs and seconds, training FLOPs and seconds, mean layers and mean heads.
         FLOPs are fractions of the dense model's; the percentage after seconds is the same for time.
     """
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("model", overflow="fold", min_width=6, max_width=16)
     time = ("seconds\n(of dense)", "training s\n(of dense)")
     for header in ("accuracy", "FLOPs", time[0], "training\nFLOPs", time[1], "layers", "heads"):
@@ -136,6 +136,7 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
     console = console or Console()
     rows = [report] if report.get("policy") == "dense" else [dense_row(report), report]
     console.print(summary_table(rows))
+    console.print()
     histogram = [int(finite(count) or 0) for count in report.get("layers_histogram") or []]
     if sum(histogram):
         console.print(layers_bars(histogram))

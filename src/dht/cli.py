@@ -1,0 +1,216 @@
+"""The `dht` command. Nothing heavy is imported until a command runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import DHTError
+
+app = typer.Typer(
+    name="dht",
+    help="Transformers that decide for every input how many layers and head units to run.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Data = Annotated[
+    str,
+    typer.Option(help="Embedded name (vader), a folder with train|validation|test files, or a Hugging Face data set id."),
+]
+Model = Annotated[
+    str,
+    typer.Option(help="Embedded name (minilm, mpnet), a folder, a Hub id, or preset:tiny|preset:small (from scratch)."),
+]
+Budget = Annotated[float, typer.Option(help="Mean FLOPs at inference as a fraction of the dense model's, in (0, 1].")]
+TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
+LabelColumn = Annotated[str, typer.Option(help="Column that holds the label.")]
+BatchSize = Annotated[int, typer.Option(help="Rows per batch.")]
+MaxLength = Annotated[int, typer.Option(help="Tokens that a text is cut to.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="float32 or bfloat16 (autocast).")]
+Seed = Annotated[int, typer.Option(help="Seed of data order, initial heads and exploration.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already in the folder.")]
+
+
+def _say(message: str) -> None:
+    typer.echo(f"dht: {message}", err=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"dht {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for both runs and the page.")] = Path("runs/demo"),
+    data: Data = "vader",
+    model: Model = "minilm",
+    budget: Budget = 0.26,
+    epochs: Annotated[float, typer.Option(help="Passes over the training split.")] = 2.0,
+    seed: Seed = 0,
+    overwrite: Overwrite = True,
+) -> None:
+    """Train dense and dynamic on embedded data, compare them in one table, and draw the page."""
+    from rich.console import Console
+
+    from .config import TrainSettings
+    from .demo import demo as run
+    from .report.table import summary_table
+
+    settings = TrainSettings(data=data, model=model, out=out, budget=budget, epochs=epochs, seed=seed)
+    rows = run(settings, overwrite=overwrite, say=_say)
+    Console().print(summary_table(rows, title=f"{data} test split, {model}, budget {budget:g}"))
+    _say(f"page: {out / 'page.html'}; model: {out / 'dht'}; try: echo 'what a film' | dht predict {out / 'dht'}")
+
+
+@app.command()
+def train(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder that the run is written to.")],
+    model: Model = "minilm",
+    budget: Budget = 0.26,
+    search: Annotated[str, typer.Option(help="tree (decide after every layer) or integrated (decide once).")] = "tree",
+    ffn: Annotated[str, typer.Option(help="coupled (units carry FFN neurons) or dense (attention heads alone).")] = "coupled",
+    epochs: Annotated[float, typer.Option(help="Passes over the training split.")] = 3.0,
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    lr: Annotated[float, typer.Option(help="Peak learning rate; it decays linearly to 0.")] = 1e-4,
+    max_length: MaxLength = 128,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    accumulate: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
+    warm_start: Annotated[float, typer.Option(help="Training budget at the first step, in (0, 1].")] = 0.6,
+    settle: Annotated[float, typer.Option(help="Share of the steps after which the training budget is the budget.")] = 0.4,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0 = once an epoch.")] = 0,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    dense: Annotated[bool, typer.Option("--dense", help="Train the plain full model instead: the reference.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint in --out.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a dynamic model; leaves the model and report.json in --out."""
+    from rich.console import Console
+
+    from .config import TrainSettings
+    from .report.table import print_report
+
+    settings = TrainSettings(
+        data=data, model=model, out=out, budget=budget, search=search, ffn=ffn, epochs=epochs, seed=seed,
+        batch_size=batch_size, lr=lr, max_length=max_length, device=device, dtype=dtype, accumulate=accumulate,
+        warm_start=warm_start, settle=settle, save_every=save_every, text_column=text_column,
+        label_column=label_column, dense=dense,
+    )  # fmt: skip
+    settings.check()
+    from .train import complete_checkpoints
+    from .train import train as run
+
+    try:
+        report = run(settings, resume=resume, overwrite=overwrite, say=_say)
+    except KeyboardInterrupt:
+        saved = complete_checkpoints(out / "checkpoints")
+        if saved:
+            _say(f"interrupted; {saved[-1]} is whole: go on with the same command and --resume")
+        else:
+            _say("interrupted before the first checkpoint; --save-every N makes them more often")
+        raise typer.Exit(130) from None
+    print_report(report, Console())
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished dht train.")],
+    data: Data,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    budget: Annotated[float | None, typer.Option(help="Budget to serve; default: the one trained for.")] = None,
+    policy: Annotated[
+        str,
+        typer.Option(help="learned, dense, random, hash, length, confidence, patience or static:LxK (L layers, K units)."),
+    ] = "learned",
+    json: Annotated[Path | None, typer.Option(help="Write the report here; otherwise JSON goes to stdout.")] = None,
+    batch_size: BatchSize = 32,
+    max_length: MaxLength = 128,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    seed: Seed = 0,
+) -> None:
+    """Measure accuracy, FLOPs and seconds of a policy on a split, against the dense model."""
+    from .evaluate import evaluate as run
+
+    report = run(
+        folder, data, split=split, budget=budget, policy=policy, batch_size=batch_size, max_length=max_length,
+        device=device, dtype=dtype, text_column=text_column, label_column=label_column, seed=seed, say=_say,
+    )  # fmt: skip
+    from rich.console import Console
+
+    from ._files import write_json
+    from .report.table import print_report
+
+    print_report(report, Console(stderr=json is None))
+    if json is not None:
+        write_json(json, report)
+    else:
+        import json as encoder
+
+        typer.echo(encoder.dumps(report))
+
+
+@app.command()
+def predict(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished dht train.")],
+    file: Annotated[str, typer.Argument(metavar="[FILE|-]", help="One text or JSON object a line; - = stdin.")] = "-",
+    budget: Annotated[float | None, typer.Option(help="Budget to serve; default: the one trained for.")] = None,
+    batch_size: BatchSize = 32,
+    max_length: MaxLength = 128,
+    device: Device = "auto",
+    text_column: TextColumn = "text",
+) -> None:
+    """Classify texts: one JSON object a line, with the layers and heads that each one took."""
+    from .data import read_texts
+    from .load import check_budget, load_run
+    from .predict import predict as run
+    from .predict import to_line
+
+    model, tokenizer = load_run(folder, device)
+    if budget is not None:
+        model.policy.set_budget(check_budget(budget))
+    for row in run(model, tokenizer, read_texts(file, text_column=text_column), batch_size=batch_size, max_length=max_length):
+        sys.stdout.write(to_line(row) + "\n")
+        sys.stdout.flush()
+
+
+def main() -> None:
+    """Entry point: errors that a user can act on are one line on stderr and exit status 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except DHTError as error:
+        typer.echo(f"dht: error: {error}", err=True)
+        sys.exit(2)
+    except BrokenPipeError:
+        # The reader has gone (`| head`): nothing is left to say, and flushing stdout again would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What a training run is told: one dataclass, checked as a whole before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+DTYPES = ("float32", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings of `dht train`.
+
+    Args:
+        data: embedded name, folder or Hugging Face data set id.
+        model: embedded name, folder or Hub id of a BERT or MPNet encoder, or a preset (`preset:small`).
+        out: folder that the run is written to.
+        budget: target mean FLOPs at inference as a fraction of the dense model's, in (0, 1].
+        search: "tree" or "integrated". ffn: "coupled" or "dense".
+        epochs, seed, batch_size, lr: as usual; lr is the peak of a linear decay.
+        max_length: tokens a text is cut to.
+        device: "auto", "cpu" or "cuda". dtype: "float32" or "bfloat16" (autocast).
+        accumulate: batches per optimizer step.
+        warm_start, settle: training's budget starts at `warm_start` and has come down to `budget` after the share `settle`
+            of all steps.
+        save_every: checkpoint every so many steps; 0 = once an epoch.
+        text_column, label_column: names in the data.
+        dense: train the plain full model instead (one exit, no policy), the reference to compare with.
+    """
+
+    data: str
+    model: str
+    out: Path
+    budget: float = 0.26
+    search: str = "tree"
+    ffn: str = "coupled"
+    epochs: float = 3.0
+    seed: int = 0
+    batch_size: int = 32
+    lr: float = 1e-4
+    max_length: int = 128
+    device: str = "auto"
+    dtype: str = "float32"
+    accumulate: int = 1
+    warm_start: float = 0.6
+    settle: float = 0.4
+    save_every: int = 0
+    text_column: str = "text"
+    label_column: str = "label"
+    dense: bool = False
+
+    def check(self) -> None:
+        """Raises `ConfigError` with every problem."""
+        problems = []
+
+        def need(ok: bool, option: str, allowed: str) -> None:
+            if not ok:
+                problems.append(f"--{option.replace('_', '-')}: got {getattr(self, option)!r}, allowed: {allowed}")
+
+        need(0.0 < self.budget <= 1.0, "budget", "a number in (0, 1]")
+        need(self.search in ("tree", "integrated"), "search", "tree, integrated")
+        need(self.ffn in ("coupled", "dense"), "ffn", "coupled, dense")
+        need(self.epochs > 0, "epochs", "a number above 0")
+        need(self.batch_size >= 1, "batch_size", "1 or more")
+        need(self.accumulate >= 1, "accumulate", "1 or more")
+        need(self.lr > 0, "lr", "a number above 0")
+        need(self.max_length >= 3, "max_length", "3 or more")
+        need(self.device in DEVICES, "device", ", ".join(DEVICES))
+        need(self.dtype in DTYPES, "dtype", ", ".join(DTYPES))
+        need(0.0 < self.warm_start <= 1.0, "warm_start", "a number in (0, 1]")
+        need(0.0 <= self.settle <= 1.0, "settle", "a number in [0, 1]")
+        need(self.save_every >= 0, "save_every", "0 or more")
+        need(0 <= self.seed < 2**32, "seed", "0 to 2^32 - 1")
+        if problems:
+            raise ConfigError(problems)
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings as plain JSON values."""
+        return asdict(self) | {"out": str(self.out)}

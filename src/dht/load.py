@@ -1,0 +1,175 @@
+"""From names to objects: encoder and tokenizer, tokenised batches, saved runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from . import assets
+from .config import TrainSettings
+from .data import Split
+from .errors import CheckpointError, ConfigError, DHTError
+from .hf.configuration import FORMAT_VERSION, DHTConfig
+from .hf.convert import convert, load_source
+from .hf.modeling import DHTForSequenceClassification
+
+PRESETS = {
+    "preset:tiny": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512},
+    "preset:small": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+}
+"""From-scratch pre-norm encoders with random weights; they use the tokenizer of `minilm`."""
+
+
+def device_of(name: str) -> torch.device:
+    """The device called `name` ("auto" = a GPU if there is one).
+
+    Raises:
+        DHTError: cuda was asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DHTError("--device: got 'cuda', but torch sees no CUDA device here; use --device cpu")
+    return torch.device(name)
+
+
+def build(settings: TrainSettings, label_names: list[str]) -> tuple[DHTForSequenceClassification, PreTrainedTokenizerBase]:
+    """A dynamic model ready for training, and its tokenizer.
+
+    Raises:
+        DHTError: the model cannot be found, loaded or converted.
+    """
+    options: dict[str, Any] = {
+        "search": settings.search,
+        "ffn": settings.ffn,
+        "budget": settings.budget,
+        "policy_seed": settings.seed,
+    }
+    if settings.model in PRESETS:
+        tokenizer = AutoTokenizer.from_pretrained(assets.model_path("minilm"))
+        sizes = PRESETS[settings.model]
+        config = DHTConfig(
+            **sizes, vocab_size=len(tokenizer), norm="pre", type_vocab_size=0, num_labels=len(label_names), **options
+        )
+        model = DHTForSequenceClassification(config)
+    elif settings.model.startswith("preset:"):
+        raise DHTError(f"--model: no preset {settings.model!r}; there are: {', '.join(PRESETS)}")
+    else:
+        path = model_folder(settings.model)
+        model = convert(load_source(path, len(label_names)), len(label_names), **options)
+        tokenizer = _tokenizer(path)
+    model.config.id2label = dict(enumerate(label_names))
+    model.config.label2id = {name: i for i, name in enumerate(label_names)}
+    return model, tokenizer
+
+
+def model_folder(name: str) -> str:
+    """Where `from_pretrained` finds the model: the asset's folder, or the name itself (folder or Hub id)."""
+    if name in assets.MODELS:
+        return str(assets.model_path(name))
+    if (os.sep in name or name.startswith(".")) and name.count("/") != 1 and not Path(name).exists():
+        raise DHTError(f"--model: no folder {name!r}; give a folder, a Hub id or one of: {', '.join(assets.MODELS)}")
+    return name
+
+
+def _tokenizer(path: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise DHTError(f"model: cannot load a tokenizer from {path!r}: {str(error).splitlines()[0]}") from error
+
+
+def tokenise(tokenizer: PreTrainedTokenizerBase, split: Split, max_length: int) -> list[dict[str, Any]]:
+    """One dict a row: `input_ids`, `labels` (and what else the tokenizer makes, without padding)."""
+    ids = tokenizer(split.texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
+    return [{"input_ids": row, "labels": label} for row, label in zip(ids, split.labels, strict=True)]
+
+
+def collate(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """A padded batch: `input_ids`, `attention_mask` and, where the rows have them, `labels`."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    batch = {
+        "input_ids": torch.full((len(rows), longest), tokenizer.pad_token_id or 0),
+        "attention_mask": torch.zeros(len(rows), longest, dtype=torch.long),
+    }
+    for i, row in enumerate(rows):
+        batch["input_ids"][i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
+        batch["attention_mask"][i, : len(row["input_ids"])] = 1
+    if "labels" in rows[0]:
+        batch["labels"] = torch.tensor([row["labels"] for row in rows])
+    return batch
+
+
+def by_length(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], batch_size: int
+) -> tuple[list[dict[str, Tensor]], list[int]]:
+    """Batches of rows of like length, and which row each batch position is."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return [collate(tokenizer, [rows[i] for i in chunk]) for chunk in chunks], order
+
+
+def load_run(folder: str | Path, device: str = "auto") -> tuple[DHTForSequenceClassification, PreTrainedTokenizerBase]:
+    """A trained model and its tokenizer.
+
+    Raises:
+        CheckpointError: nothing there, half-written, corrupt, or written by a newer dht.
+    """
+    folder = Path(folder)
+    config_file = folder / "config.json"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give the --out folder of a finished dht train")
+    if not config_file.is_file():
+        hint = "the run was interrupted: go on with dht train --resume" if (folder / "checkpoints").is_dir() else ""
+        raise CheckpointError(f"{folder}: no config.json, so no finished run; {hint or 'give the --out folder of dht train'}")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{config_file}: not readable as JSON ({error}); the checkpoint is corrupt") from error
+    if not isinstance(config, dict) or config.get("model_type") != "dht":
+        raise CheckpointError(f"{config_file}: not a dht model; give the --out folder of dht train")
+    if config.get("format_version", 0) > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{config_file}: format {config['format_version']}, this dht reads up to {FORMAT_VERSION}; install a newer dht"
+        )
+    try:
+        model, report = DHTForSequenceClassification.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot load model.safetensors: {error}; the checkpoint is corrupt") from error
+    lost = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if lost:
+        raise CheckpointError(f"{folder / 'model.safetensors'}: {len(lost)} tensors missing or misshapen, e.g. {lost[0]}")
+    return model.to(device_of(device)).eval(), _tokenizer(str(folder))
+
+
+def check_budget(budget: float) -> float:
+    """`budget` itself.
+
+    Raises:
+        ConfigError: outside (0, 1].
+    """
+    if not 0.0 < budget <= 1.0:
+        raise ConfigError(f"--budget: got {budget}, allowed: a number in (0, 1]")
+    return budget
+
+
+def lines_in_batches(lines: Iterable[str], size: int) -> Iterable[list[str]]:
+    """Consecutive lists of at most `size` lines."""
+    held: list[str] = []
+    for line in lines:
+        held.append(line)
+        if len(held) == size:
+            yield held
+            held = []
+    if held:
+        yield held

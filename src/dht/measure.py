@@ -1,0 +1,202 @@
+"""What a policy costs and what it is worth: accuracy, FLOPs and seconds against the dense model, in one process."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .hf.convert import export
+from .hf.modeling import DHTForSequenceClassification
+from .plan import Trace
+from .policy.base import Policy
+from .policy.baselines import DensePolicy
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class Outcome:
+    """What a policy did on a set of batches, in the rows' original order of the batches.
+
+    Attributes:
+        labels, predictions: int64 [n].
+        layers: int64 [n]. units: bool [n, N, H]. flops, dense_flops: float64 [n].
+        exit_logits: float [n, N, C], zeros where not visited; visited: bool [n, N].
+    """
+
+    labels: Tensor
+    predictions: Tensor
+    layers: Tensor
+    units: Tensor
+    flops: Tensor
+    dense_flops: Tensor
+    exit_logits: Tensor
+    visited: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Share of rows answered right."""
+        return float((self.labels == self.predictions).double().mean())
+
+    @property
+    def flops_fraction(self) -> float:
+        """Executed FLOPs over dense FLOPs, all rows together."""
+        return float(self.flops.sum() / self.dense_flops.sum())
+
+
+def run_policy(
+    model: DHTForSequenceClassification,
+    batches: Sequence[Batch],
+    policy: Policy | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[], None] | None = None,
+) -> Outcome:
+    """The outcome of `policy` (None = the learned one) on `batches`, weights and policy frozen.
+
+    Args:
+        batches: inputs with `labels`, on any device.
+        dtype: bfloat16 runs under autocast.
+        progress: called after every batch.
+    """
+    parts: list[tuple[Tensor, ...]] = []
+    model.eval()
+    with torch.inference_mode(), autocast(model.device, dtype):
+        for batch in batches:
+            labels, inputs = split_labels(batch, model.device)
+            trace: Trace = model(**inputs, policy=policy).trace
+            logits, visited = trace.exit_table()
+            answer = trace.logits.argmax(-1)
+            row = (labels, answer, trace.layers, trace.units, trace.flops, trace.dense_flops, logits.float(), visited)
+            parts.append(tuple(part.cpu() for part in row))
+            if progress:
+                progress()
+    return Outcome(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> Any:
+    """The autocast context of `dtype`; none for float32."""
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+
+
+def split_labels(batch: Batch, device: torch.device) -> tuple[Tensor, Batch]:
+    """The labels and the other inputs of a batch, on `device`."""
+    moved = {key: value.to(device) for key, value in batch.items()}
+    return moved.pop("labels"), moved
+
+
+@dataclass
+class Timing:
+    """Seconds of each contender over the same batches; each batch's figure is the median of its repeats."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    policy_seconds: float = 0.0
+    examples: int = 0
+
+
+def time_policy(
+    model: DHTForSequenceClassification,
+    batches: Sequence[Batch],
+    policy: Policy | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    repeats: int = 3,
+    most: int = 64,
+) -> Timing:
+    """Seconds of the policy, of our dense path and of the same model in `transformers`, taken in turn, batch by batch.
+
+    Args:
+        repeats: timed runs of each batch after one warm-up; medians are summed.
+        most: time at most this many batches, spread evenly over the set (all contenders the same ones).
+    """
+    step = max(1, math.ceil(len(batches) / most))
+    timed = [batch for i, batch in enumerate(batches) if i % step == step // 2 or step == 1]
+    plain: PreTrainedModel = export(model).to(model.device).eval()
+    dense = DensePolicy(model.config.num_attention_heads).to(model.device)
+    contenders: dict[str, Callable[[Batch], Any]] = {
+        "dht": lambda inputs: model(**inputs, policy=policy),
+        "dense": lambda inputs: model(**inputs, policy=dense),
+        "transformers": lambda inputs: plain(**inputs),
+    }
+    timing = Timing(dict.fromkeys(contenders, 0.0), examples=sum(len(batch["labels"]) for batch in timed))
+    model.eval()
+    with torch.inference_mode(), autocast(model.device, dtype):
+        for index, batch in enumerate(timed):
+            _, inputs = split_labels(batch, model.device)
+            taken: dict[str, list[float]] = {name: [] for name in contenders}
+            deciding = []
+            for repeat in range(repeats + (index == 0)):
+                for name, run in contenders.items():
+                    _wait(model.device)
+                    started = time.perf_counter()
+                    output = run(inputs)
+                    _wait(model.device)
+                    taken[name].append(time.perf_counter() - started)
+                    if name == "dht":
+                        deciding.append(output.trace.policy_seconds)
+            for name in contenders:
+                timing.seconds[name] += statistics.median(taken[name][-repeats:])
+            timing.policy_seconds += statistics.median(deciding[-repeats:])
+    return timing
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def report_of(outcome: Outcome, timing: Timing | None, **settings: Any) -> dict[str, Any]:
+    """The report's inference fields (the contract of `dht evaluate --json`).
+
+    Args:
+        settings: budget, policy, search, seed and whatever else is to be kept.
+    """
+    rows, layers, _ = outcome.units.shape
+    ran = outcome.units.any(-1)
+    widths = outcome.units.sum(-1)[ran].double()
+    histogram = torch.bincount(outcome.layers, minlength=layers + 1)
+    share = histogram[histogram > 0].double() / rows
+    report = {
+        "accuracy": outcome.accuracy,
+        "macro_f1": macro_f1(outcome.labels, outcome.predictions),
+        "num_examples": rows,
+        **settings,
+        "flops_fraction": outcome.flops_fraction,
+        "mean_layers": float(outcome.layers.double().mean()),
+        "mean_heads": float(widths.mean()) if len(widths) else 0.0,
+        "layers_histogram": histogram.tolist(),
+        "head_usage": outcome.units.double().mean(0).tolist(),
+        "arm_entropy": float(-(share * share.log()).sum()),
+        "flops_fraction_p95": float((outcome.flops / outcome.dense_flops).quantile(0.95)),
+    }
+    if timing is not None:
+        dense = min(timing.seconds["dense"], timing.seconds["transformers"])
+        report |= {
+            "time_fraction": timing.seconds["dht"] / dense,
+            "seconds": timing.seconds["dht"],
+            "dense_seconds": dense,
+            "own_dense_seconds": timing.seconds["dense"],
+            "transformers_seconds": timing.seconds["transformers"],
+            "policy_time_fraction": timing.policy_seconds / timing.seconds["dht"],
+            "timed_examples": timing.examples,
+        }
+    return report
+
+
+def macro_f1(labels: Tensor, predictions: Tensor) -> float:
+    """Unweighted mean over the classes that occur of their F1, in [0, 1]."""
+    scores = []
+    for value in torch.cat([labels, predictions]).unique():
+        hit = ((labels == value) & (predictions == value)).sum().item()
+        total = (labels == value).sum().item() + (predictions == value).sum().item()
+        scores.append(2 * hit / total)
+    return sum(scores) / len(scores)

@@ -1,0 +1,65 @@
+"""`dht predict`: texts in, one JSON object a text out: the answer and what it took."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .hf.modeling import DHTForSequenceClassification
+from .load import collate, lines_in_batches
+
+
+def predict(
+    model: DHTForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    *,
+    batch_size: int = 32,
+    max_length: int = 128,
+    details: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """One dict a text, in order: `label`, `score` (its probability), `layers`, `heads`, `flops_fraction`.
+
+    Args:
+        texts: read lazily, a batch at a time.
+        batch_size: rows that run together; it does not change any answer.
+        max_length: tokens a text is cut to.
+        details: also `units` (unit indices per layer run) and `exits` (label and score of each exit passed).
+    """
+    names = model.config.id2label
+    model.eval()
+    for held in lines_in_batches(texts, batch_size):
+        ids = tokenizer(held, truncation=True, max_length=max_length)["input_ids"]
+        batch = collate(tokenizer, [{"input_ids": row} for row in ids])
+        with torch.inference_mode():
+            trace = model(**{key: value.to(model.device) for key, value in batch.items()}).trace
+        probs = trace.logits.float().softmax(-1)
+        score, label = probs.max(-1)
+        ran, widths = trace.layers, trace.units.sum(-1)
+        table, visited = trace.exit_table()
+        exits = table.float().softmax(-1)
+        for i in range(len(held)):
+            row: dict[str, Any] = {
+                "label": names[int(label[i])],
+                "score": round(float(score[i]), 6),
+                "layers": int(ran[i]),
+                "heads": widths[i, : int(ran[i])].tolist(),
+                "flops_fraction": round(float(trace.flops[i] / trace.dense_flops[i]), 6),
+            }
+            if details:
+                row["units"] = [layer.nonzero()[:, 0].tolist() for layer in trace.units[i, : int(ran[i])]]
+                row["exits"] = [
+                    {"prediction": names[int(p.argmax())], "score": float(p.max())}
+                    for p, seen in zip(exits[i], visited[i], strict=True)
+                    if seen
+                ]
+            yield row
+
+
+def to_line(row: dict[str, Any]) -> str:
+    """The row as one line of JSON."""
+    return json.dumps(row, ensure_ascii=False)

@@ -1,0 +1,121 @@
+"""Rival policies matched to a budget on calibration rows: thresholds and widths are never chosen on the rows reported."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import DHTError
+from .measure import Batch, Outcome, run_policy
+from .hf.modeling import DHTForSequenceClassification
+from .policy.base import Policy
+from .policy.baselines import ConfidencePolicy, DensePolicy, PatiencePolicy, PriorPolicy, StaticPolicy
+
+NAMES = ("learned", "dense", "random", "hash", "length", "confidence", "patience", "static:LxK")
+
+
+def rival(name: str, model: DHTForSequenceClassification, budget: float, calibration: Sequence[Batch]) -> Policy:
+    """The policy called `name`, matched to `budget`.
+
+    `random`, `hash` and `length` draw from the plans that the learned policy executes on the calibration rows at this budget,
+    so that arm frequencies and mean FLOPs match. `confidence` and `patience` try each of the model's widths with its best
+    units, match the threshold to the budget, and keep the width that is most accurate on the calibration rows.
+
+    Args:
+        name: one of `NAMES`, with numbers for L and K in `static:LxK`.
+        budget: fraction of dense FLOPs.
+        calibration: labelled validation batches.
+
+    Raises:
+        DHTError: an unknown name, or L or K outside the model.
+    """
+    heads, layers = model.config.num_attention_heads, model.config.num_hidden_layers
+    if name in ("learned", model.policy.name):
+        model.policy.set_budget(budget)
+        return model.policy
+    if name == "dense":
+        return DensePolicy(heads)
+    if name.startswith("static"):
+        match = re.fullmatch(r"static:(\d+)x(\d+)", name)
+        if not match or not (1 <= int(match[1]) <= layers and 1 <= int(match[2]) <= heads):
+            raise DHTError(
+                f"--policy: got {name!r}; static takes static:LxK with L in 1..{layers} and K in 1..{heads}, e.g. static:3x8"
+            )
+        return StaticPolicy(int(match[1]), int(match[2]), model.policy.ranking())
+    if name in ("random", "hash", "length"):
+        model.policy.set_budget(budget)
+        outcome = run_policy(model, calibration)
+        lengths = torch.cat([batch["attention_mask"].sum(-1) for batch in calibration]).sort().values
+        return PriorPolicy(outcome.units.to(model.device), name, lengths.to(model.device), model.config.policy_seed)
+    if name in ("confidence", "patience"):
+        return _exit_rule(name, model, budget, calibration)
+    raise DHTError(f"--policy: got {name!r}, allowed: {', '.join(NAMES)}")
+
+
+@dataclass
+class _Depths:
+    """All exits of full-depth runs with one fixed head set a layer."""
+
+    sets: Tensor
+    outcome: Outcome
+    cumulative: Tensor  # [n, N] FLOPs up to each exit
+
+    def judged(self, depth: Tensor) -> tuple[float, float]:
+        """FLOPs fraction and accuracy if row i leaves after `depth[i]` layers."""
+        index = (depth - 1)[:, None]
+        spent = self.cumulative.gather(1, index).sum() / self.outcome.dense_flops.sum()
+        answers = self.outcome.exit_logits.argmax(-1).gather(1, index)[:, 0]
+        return float(spent), float((answers == self.outcome.labels).double().mean())
+
+
+def _exit_rule(name: str, model: DHTForSequenceClassification, budget: float, calibration: Sequence[Batch]) -> Policy:
+    best: tuple[float, Policy] | None = None
+    for width in model.policy.widths:
+        sets = StaticPolicy(model.config.num_hidden_layers, width, model.policy.ranking()).sets
+        never = ConfidencePolicy(sets, 2.0)
+        outcome = run_policy(model, calibration, never)
+        layers = outcome.units.shape[1]
+        per_layer = outcome.flops[:, None].expand(-1, layers) / layers
+        depths = _Depths(sets, outcome, per_layer.cumsum(1))
+        find = _confidence_depth if name == "confidence" else _patience_depth
+        low, high = (0.0, 1.0) if name == "confidence" else (0.0, float(layers))
+        if depths.judged(find(outcome, low))[0] > budget and best is not None:
+            continue
+        for _ in range(30):
+            middle = (low + high) / 2
+            if depths.judged(find(outcome, middle))[0] > budget:
+                high = middle
+            else:
+                low = middle
+        accuracy = depths.judged(find(outcome, low))[1]
+        if best is None or accuracy > best[0]:
+            best = accuracy, (ConfidencePolicy if name == "confidence" else PatiencePolicy)(sets, low)
+    assert best is not None
+    return best[1]
+
+
+def _first(stop: Tensor) -> Tensor:
+    """1-based index of the first True in each row, the last column counting as True; int64 [n]."""
+    stop = stop.clone()
+    stop[:, -1] = True
+    return stop.int().argmax(-1) + 1
+
+
+def _confidence_depth(outcome: Outcome, threshold: float) -> Tensor:
+    return _first(outcome.exit_logits.softmax(-1).amax(-1) > threshold)
+
+
+def _patience_depth(outcome: Outcome, patience: float) -> Tensor:
+    answers = outcome.exit_logits.argmax(-1)
+    streak = torch.zeros_like(answers)
+    for layer in range(1, answers.shape[1]):
+        streak[:, layer] = torch.where(answers[:, layer] == answers[:, layer - 1], streak[:, layer - 1] + 1, 0)
+    whole = int(patience)
+    # Rows are dealt to the two whole numbers evenly here and by a hash of their tokens in the policy.
+    rows = torch.arange(len(answers))
+    spread = (rows * 0.618033988749895) % 1.0
+    return _first(streak >= whole + (spread < patience - whole).long()[:, None])

@@ -1,0 +1,282 @@
+"""`dht train`: data and encoder in, a run folder out."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from ._files import write_json
+from .calibrate import calibrate
+from .config import TrainSettings
+from .data import TextData, load_data
+from .errors import CheckpointError, DHTError
+from .measure import autocast, report_of, run_policy, split_labels, time_policy
+from .hf.convert import FAMILIES, export
+from .hf.modeling import DHTForSequenceClassification
+from .load import build, by_length, collate, device_of, load_run, tokenise
+from .policy.baselines import DensePolicy
+from .policy.budget import Schedule
+from .training import DHTTrainer, Ledger, finish
+
+CALIBRATION_BATCHES = 20
+FEEDBACK_ROWS = 512
+TIMED_STEPS = 12
+COMPLETE = "complete.json"
+
+Say = Callable[[str], None]
+
+
+def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = False, say: Say = lambda _: None) -> dict:
+    """Trains, evaluates on the test split, fills `settings.out`, and returns the report.
+
+    Args:
+        resume: go on from the last complete checkpoint in `settings.out`.
+        overwrite: replace a run that is already there.
+        say: called with a line of news now and then.
+
+    Raises:
+        DHTError: bad settings or data, or a run in the way.
+        KeyboardInterrupt: passed on; the last checkpoint stays usable.
+    """
+    settings.check()
+    device = device_of(settings.device)
+    checkpoints = settings.out / "checkpoints"
+    start = _prepare(settings.out, checkpoints, resume, overwrite)
+    data = load_data(
+        settings.data, text_column=settings.text_column, label_column=settings.label_column, seed=settings.seed,
+        splits=("train", "validation"), optional=("test",),
+    )  # fmt: skip
+    for note in data.notes:
+        say(note)
+    set_seed(settings.seed)
+    model, tokenizer = build(settings, data.label_names)
+    model.to(device)
+    rows = {name: tokenise(tokenizer, getattr(data, name), settings.max_length) for name in ("train", "validation")}
+    write_json(settings.out / "run.json", settings.as_json())
+    if start:
+        say(f"resuming from {start}")
+
+    started = time.perf_counter()
+    trainer = (_dense_trainer if settings.dense else _dynamic_trainer)(
+        settings, model, tokenizer, rows, checkpoints, resuming=bool(start)
+    )
+    trainer.add_callback(_MarkComplete())
+    trainer.train(resume_from_checkpoint=str(start) if start else None)
+    report: dict[str, Any] = {"resumed": bool(start)}
+    if isinstance(trainer, DHTTrainer):
+        finish(trainer, _feedback(settings, tokenizer, rows["validation"], device), settings.budget)
+        report["train_flops_fraction"] = trainer.ledger.fraction
+        write_json(settings.out / "history.json", trainer.ledger.history)
+    else:
+        model.policy.step.fill_(1)
+        report["train_flops_fraction"] = 1.0
+    report["train_seconds"] = time.perf_counter() - started
+
+    say("timing dense training steps on the same batches")
+    steps = trainer.state.global_step * settings.accumulate
+    dense = report["train_seconds"]
+    if not settings.dense:
+        dense = dense_step_seconds(model, _sample(rows["train"], tokenizer, settings), settings) * steps
+    report |= {"dense_train_seconds": dense, "train_time_fraction": report["train_seconds"] / dense}
+    report |= evaluate_run(model, tokenizer, data, settings, split="test" if data.test else "validation")
+    _save(settings.out, model, tokenizer, report)
+    return report
+
+
+def _prepare(out: Path, checkpoints: Path, resume: bool, overwrite: bool) -> Path | None:
+    """Clears the way for a run, and finds the checkpoint to resume from."""
+    if resume:
+        found = complete_checkpoints(checkpoints)
+        if not found:
+            raise CheckpointError(f"--resume: no complete checkpoint in {checkpoints}; leave --resume out to start anew")
+        return found[-1]
+    if out.exists() and not out.is_dir():
+        raise DHTError(f"--out: {out} is a file; give a folder")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise DHTError(f"--out: {out} already holds files; give another folder, --resume to go on, or --overwrite")
+        for name in ("checkpoints", "report.json", "history.json", "run.json", "model.safetensors", "config.json"):
+            path = out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DHTError(f"--out: cannot make {out}: {error.strerror}; choose another folder") from error
+    return None
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints whose every byte was written, oldest first."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            import json
+
+            sizes = json.loads((path / COMPLETE).read_text(encoding="utf-8"))["sizes"]
+            if all((path / name).stat().st_size == size for name, size in sizes.items()):
+                found.append(path)
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+class _MarkComplete(TrainerCallback):
+    """Seals a checkpoint once it is whole, so that a half-written one is never resumed from."""
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if folder.is_dir():
+            write_json(folder / COMPLETE, {"sizes": {p.name: p.stat().st_size for p in folder.iterdir() if p.is_file()}})
+
+
+def _arguments(settings: TrainSettings, checkpoints: Path) -> TrainingArguments:
+    saving: dict[str, Any] = {"save_strategy": "epoch"}
+    if settings.save_every:
+        saving = {"save_strategy": "steps", "save_steps": settings.save_every}
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=0.06,
+        optim="adamw_torch_fused",
+        seed=settings.seed,
+        bf16=settings.dtype == "bfloat16",
+        use_cpu=settings.device == "cpu" or not torch.cuda.is_available(),
+        train_sampling_strategy="group_by_length",
+        restore_callback_states_from_checkpoint=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        save_total_limit=2,
+        logging_steps=50,
+        report_to=[],
+        **saving,
+    )
+
+
+def _dense_trainer(settings, model, tokenizer, rows, checkpoints: Path, resuming: bool) -> Trainer:
+    model.active_policy = DensePolicy(model.config.num_attention_heads)
+    trainer = Trainer(
+        model, _arguments(settings, checkpoints), train_dataset=rows["train"],
+        data_collator=lambda batch: collate(tokenizer, batch),
+    )  # fmt: skip
+    trainer.model_accepts_loss_kwargs = False
+    return trainer
+
+
+def _dynamic_trainer(settings, model, tokenizer, rows, checkpoints: Path, resuming: bool) -> DHTTrainer:
+    ledger = Ledger()
+    if not resuming:
+        sample = _sample(rows["train"], tokenizer, settings, CALIBRATION_BATCHES)
+        sample = [{key: value.to(model.device) for key, value in batch.items()} for batch in sample]
+        with autocast(model.device, getattr(torch, settings.dtype)):
+            passes = calibrate(model, sample)
+        dense = sum(float(model.encoder.cost.dense(batch["attention_mask"].sum(-1)).sum()) for batch in sample)
+        ledger.executed += passes * dense / len(sample)
+    feedback = _feedback(settings, tokenizer, rows["validation"], model.device)
+    return DHTTrainer(
+        model,
+        _arguments(settings, checkpoints),
+        train_dataset=rows["train"],
+        data_collator=lambda batch: collate(tokenizer, batch),
+        schedule=Schedule(settings.budget, settings.warm_start, settings.settle),
+        feedback=lambda step: feedback[step % len(feedback)],
+        ledger=ledger,
+    )
+
+
+def _sample(rows: list, tokenizer, settings: TrainSettings, batches: int = TIMED_STEPS) -> list[dict[str, Tensor]]:
+    """Training batches of the settings' size, spread evenly over the lengths, from a seeded draw of rows."""
+    chosen = random.Random(settings.seed).sample(rows, min(len(rows), settings.batch_size * batches))
+    return by_length(tokenizer, chosen, settings.batch_size)[0]
+
+
+def _feedback(settings: TrainSettings, tokenizer, rows: list, device: torch.device) -> list[dict[str, Tensor]]:
+    """Held-out batches that pay the numeric arms: at most `FEEDBACK_ROWS` validation rows, drawn by seed, in random order."""
+    draw = random.Random(settings.seed)
+    chosen = draw.sample(rows, min(len(rows), FEEDBACK_ROWS))
+    batches = by_length(tokenizer, chosen, settings.batch_size)[0]
+    draw.shuffle(batches)
+    return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
+
+
+def dense_step_seconds(
+    model: DHTForSequenceClassification, batches: Sequence[dict[str, Tensor]], settings: TrainSettings
+) -> float:
+    """Seconds of one dense training step, mean over `batches`: the faster of our dense path and `transformers`' own.
+
+    Forward, backward, fused AdamW; without the training loop around it, which our own figure does include.
+    """
+    contenders: dict[str, torch.nn.Module] = {"dense": copy.deepcopy(model)}
+    contenders["dense"].active_policy = DensePolicy(model.config.num_attention_heads)
+    if model.config.source in FAMILIES:
+        contenders["transformers"] = export(model)
+    taken = dict.fromkeys(contenders, 0.0)
+    for contender in contenders.values():
+        contender.to(model.device).train()
+    optimizers = {n: torch.optim.AdamW(c.parameters(), lr=1e-6, fused=True) for n, c in contenders.items()}
+    for index, batch in enumerate([batches[len(batches) // 2], *batches]):
+        labels, inputs = split_labels(batch, model.device)
+        for name, contender in contenders.items():
+            begun = time.perf_counter()
+            with autocast(model.device, getattr(torch, settings.dtype)):
+                loss = contender(**inputs, labels=labels).loss
+            loss.backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            if index:  # the first is the warm-up
+                taken[name] += time.perf_counter() - begun
+    return min(taken.values()) / len(batches)
+
+
+def evaluate_run(
+    model: DHTForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TextData,
+    settings: TrainSettings,
+    split: str,
+) -> dict[str, Any]:
+    """The inference fields of the report for the trained policy, and the full model's accuracy on the same rows."""
+    rows = tokenise(tokenizer, getattr(data, split), settings.max_length)
+    batches, _ = by_length(tokenizer, rows, settings.batch_size)
+    dtype = getattr(torch, settings.dtype)
+    dense = DensePolicy(model.config.num_attention_heads).to(model.device)
+    policy = dense if settings.dense else model.policy
+    outcome = run_policy(model, batches, policy, dtype=dtype)
+    timing = time_policy(model, batches, policy, dtype=dtype)
+    report = report_of(
+        outcome, timing,
+        budget=1.0 if settings.dense else settings.budget, policy="dense" if settings.dense else "learned",
+        search=settings.search, seed=settings.seed, split=split, batch_size=settings.batch_size, dtype=settings.dtype,
+        threads=torch.get_num_threads(), torch=torch.__version__, data=data.name, model=settings.model, ffn=settings.ffn,
+    )  # fmt: skip
+    full = outcome if settings.dense else run_policy(model, batches, dense, dtype=dtype)
+    return report | {"full_depth_accuracy": full.accuracy}
+
+
+def _save(out: Path, model: DHTForSequenceClassification, tokenizer, report: dict[str, Any]) -> None:
+    """The model last, so that a folder with a `config.json` is a finished run."""
+    model.active_policy = None
+    tokenizer.save_pretrained(out)
+    write_json(out / "report.json", report)
+    staged = out / ".model"
+    model.save_pretrained(staged)
+    for name in ("model.safetensors", "config.json"):
+        (staged / name).replace(out / name)
+    shutil.rmtree(staged, ignore_errors=True)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+
+
+__all__ = ["complete_checkpoints", "dense_step_seconds", "evaluate_run", "load_run", "train"]

@@ -1,0 +1,211 @@
+"""`DHTTrainer`: `transformers.Trainer` that lets the policy decide, pays it, and keeps the training within its budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from .hf.modeling import DHTForSequenceClassification, exit_loss
+from .plan import Trace
+from .policy.budget import Schedule, dual_ascent
+from .policy.reward import quality
+
+BACKWARD = 2.0
+"""FLOPs of a backward pass in units of its forward."""
+
+
+class Ledger(TrainerCallback, ExportableState):
+    """What training has cost, in FLOPs, and how it went; saved in every checkpoint's `trainer_state.json`.
+
+    Attributes:
+        executed: FLOPs run: training steps, calibration and feedback passes.
+        dense: FLOPs of the same training steps (and nothing else) on the full model.
+        history: a dict every few steps: step, fraction, target, price, loss.
+    """
+
+    def __init__(self, executed: float = 0.0, dense: float = 0.0, history: list[dict] | None = None) -> None:
+        self.executed, self.dense, self.history = executed, dense, history or []
+        self._window: list[tuple[float, float, float]] = []
+
+    def state(self) -> dict[str, Any]:
+        """What `Trainer` writes into the checkpoint."""
+        kept = {"executed": self.executed, "dense": self.dense, "history": self.history}
+        return {"args": kept, "attributes": {}}
+
+    @property
+    def fraction(self) -> float:
+        """Training FLOPs executed so far as a fraction of dense training's."""
+        return self.executed / self.dense if self.dense else 0.0
+
+    def step(self, trace: Trace) -> None:
+        """Counts one training step: forward and backward of the trace, and of the dense model."""
+        self.executed += (1 + BACKWARD) * float(trace.flops.sum())
+        self.dense += (1 + BACKWARD) * float(trace.dense_flops.sum())
+
+    def note(self, step: int, fraction: float, target: float, price: float, loss: float, every: int = 10) -> None:
+        """Adds a line to the history every `every` steps: means over the window."""
+        self._window.append((fraction, target, loss))
+        if step % every == 0:
+            mean = [sum(column) / len(self._window) for column in zip(*self._window, strict=True)]
+            self.history.append(
+                {"step": step, "fraction": mean[0], "target": mean[1], "price": price, "loss": mean[2]}
+            )
+            self._window.clear()
+
+
+class DHTTrainer(Trainer):
+    """Trains the weights and the policy together under a budget.
+
+    A step: the policy explores on the batch; the loss is over the exits that each row passed; backward also yields the gate
+    gradients that pay the head units. Numeric arms are paid only with rows that the weights have not fitted: first-epoch rows
+    (their quality is read before the update) and, every `feedback_every` steps, a batch of held-out feedback rows that runs
+    to full depth without gradients. The price moves after every step.
+
+    Args:
+        feedback: returns the i-th batch of held-out labelled rows, on the model's device; None = first-epoch rows only.
+        schedule: budget over training.
+        price_rate: step size of the dual ascent.
+        feedback_every: training steps between feedback batches.
+        distil: weight of learning from the deepest exit passed, in [0, 1].
+        ledger: continues an earlier count (calibration).
+    """
+
+    def __init__(
+        self,
+        *args,
+        schedule: Schedule,
+        feedback: Callable[[int], dict[str, Tensor]] | None = None,
+        price_rate: float = 0.2,
+        feedback_every: int = 8,
+        distil: float = 0.0,
+        ledger: Ledger | None = None,
+        **kwargs,
+    ) -> None:
+        super().__init__(*args, callbacks=[*kwargs.pop("callbacks", []), ledger or Ledger()], **kwargs)
+        self.schedule, self.feedback = schedule, feedback
+        self.price_rate, self.feedback_every, self.distil = price_rate, feedback_every, distil
+        self.model_accepts_loss_kwargs = False
+        self._trace: Trace | None = None
+
+    @property
+    def ledger(self) -> Ledger:
+        """The one among the callbacks: resuming puts a restored one in the place of the first."""
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, Ledger))
+
+    @property
+    def dynamic(self) -> DHTForSequenceClassification:
+        """The model without wrappers."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        """Loss over the exits passed; while training, the trace is kept for the policy."""
+        labels = inputs.pop("labels")
+        training = model.training
+        output = model(**inputs, every_exit=training, mode="explore" if training else "exploit", tap_gates=training)
+        loss = exit_loss(output.trace, labels, self.distil if training else 0.0)
+        if training:
+            self._trace, self._labels = output.trace, labels
+        return (loss, output) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """One forward and backward, then what the policy learns from it."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        trace, policy = self._trace, self.dynamic.policy
+        assert trace is not None
+        step = self.state.global_step
+        target = self.schedule.at(step / max(self.state.max_steps, 1))
+        self.ledger.step(trace)
+        with torch.no_grad():
+            policy.observe_units(trace)
+            if self.feedback is None or (self.state.epoch or 0.0) < 1.0:
+                policy.observe(trace, quality(trace, self._labels, self.dynamic.config.reward))
+            if self.feedback is not None and step % self.feedback_every == 0:
+                self.probe(self.feedback(step // self.feedback_every))
+            price = dual_ascent(float(policy.price), trace.flops_fraction, target, self.price_rate)
+            policy.price.fill_(price)
+            policy.finish_step()
+        self.ledger.note(step, trace.flops_fraction, target, price, float(loss))
+        self._trace = None
+        return loss
+
+    def probe(self, batch: dict[str, Tensor]) -> Trace:
+        """Runs held-out rows to full depth, without gradients, and lets the policy learn from every exit."""
+        model = self.dynamic
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        was_training = model.training
+        model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            trace = model(**inputs, mode="probe").trace
+        model.train(was_training)
+        model.policy.observe(trace, quality(trace, batch["labels"], model.config.reward))
+        self.ledger.executed += float(trace.flops.sum())
+        return trace
+
+
+def finish(trainer: DHTTrainer, batches: list[dict[str, Tensor]], budget: float, passes: int = 2) -> None:
+    """Readies the policy for serving once the weights are final: probes, head sets, price curve, budget.
+
+    Args:
+        batches: held-out labelled rows.
+        passes: probe passes over them.
+    """
+    policy, contexts = trainer.dynamic.policy, []
+    with torch.no_grad():
+        for _ in range(passes):
+            for batch in batches:
+                contexts.append(trainer.probe(batch).context)
+                policy.finish_step()
+        policy.fix_head_sets(torch.cat(contexts))
+    with trainer.compute_loss_context_manager():
+        measure_curve(trainer.dynamic, batches[::2], budget, trainer.ledger)
+
+
+def measure_curve(
+    model: DHTForSequenceClassification, batches: list[dict[str, Tensor]], budget: float, ledger: Ledger | None = None
+) -> None:
+    """Measures the FLOPs fraction at a range of prices and keeps the curve in the policy, then sets `budget`.
+
+    Args:
+        batches: inputs without labels (labels are ignored).
+        ledger: charged with the passes.
+    """
+    policy = model.policy
+    prices, fractions = [], []
+
+    def fraction_at(price: float) -> float:
+        policy.price.fill_(price)
+        executed = dense = 0.0
+        for batch in batches:
+            trace = model(**{k: v for k, v in batch.items() if k != "labels"}).trace
+            executed += float(trace.flops.sum())
+            dense += float(trace.dense_flops.sum())
+        if ledger is not None:
+            ledger.executed += executed
+        prices.append(price)
+        fractions.append(executed / dense)
+        return fractions[-1]
+
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        low, high = math.log(1e-3), math.log(10.0)
+        # Half of the points bracket the trained budget closely; the others span the range for other budgets.
+        near = math.log(max(float(policy.price), 1e-3))
+        for spread in (-2.5, -1.2, 1.0, 2.0):
+            fraction_at(math.exp(min(max(near + spread, low), high)))
+        for _ in range(policy.CURVE - 4):
+            order = sorted(zip(prices, fractions, strict=True))
+            above = [p for p, f in order if f > budget]
+            below = [p for p, f in order if f <= budget]
+            left = math.log(max(above)) if above else low
+            right = math.log(min(p for p in below if p > math.exp(left))) if any(p > math.exp(left) for p in below) else high
+            fraction_at(math.exp((left + right) / 2))
+    model.train(was_training)
+    policy.fix_curve(torch.tensor(prices, dtype=torch.float64), torch.tensor(fractions, dtype=torch.float64))
+    policy.set_budget(budget)
