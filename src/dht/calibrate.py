@@ -18,7 +18,7 @@ from .policy.reward import quality
 
 
 def calibrate(
-    model: DHTForSequenceClassification, batches: Iterable[dict[str, Tensor]], *, head_steps: int = 60, lr: float = 2e-3
+    model: DHTForSequenceClassification, batches: Iterable[dict[str, Tensor]], *, head_steps: int = 60, lr: float = 5e-4
 ) -> float:
     """Readies a converted model for training and returns the FLOPs spent, in units of one dense forward of one batch.
 
@@ -79,7 +79,7 @@ def _fit_exit_heads(model: DHTForSequenceClassification, batches: list[dict], st
             bias = encoder.position_bias(rows.max_length) if encoder.position_bias is not None else None
             for layer, block in enumerate(encoder.blocks):
                 rows = rows.with_hidden(block(rows, None, bias))
-                pooled[layer].append(encoder.final_norm(encoder.pool(rows)).float())
+                pooled[layer].append(encoder.final_norm(encoder.pool(layer + 1, rows)).float())
     labels = torch.cat([batch["labels"] for batch in batches])
     states = [torch.cat(part) for part in pooled]
     optimizer = torch.optim.AdamW(encoder.exits.parameters(), lr=lr)

@@ -17,7 +17,8 @@ class DHTConfig(PreTrainedConfig):
 
     Args:
         norm: "post" (BERT, MPNet) or "pre" (the from-scratch preset).
-        pooling: "cls" (first token) or "mean", what the exit heads read.
+        pooling: "mean" over tokens or "cls" (first token), what the exit heads read.
+        last_pooling: the same for the last exit, which may come with the checkpoint; None = `pooling`.
         position_offset: index of the first position embedding (MPNet: 2).
         relative_attention_num_buckets: buckets of the shared relative position bias; 0 = none.
         source: the family that the weights came from ("bert", "mpnet", or "dht").
@@ -53,7 +54,8 @@ class DHTConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     pad_token_id: int | None = 0
     norm: str = "post"
-    pooling: str = "cls"
+    pooling: str = "mean"
+    last_pooling: str | None = None
     position_offset: int = 0
     relative_attention_num_buckets: int = 0
     source: str = "dht"
@@ -62,7 +64,7 @@ class DHTConfig(PreTrainedConfig):
     widths: list[int] | None = None
     context_projection: int = 8
     ridge: float = 1.0
-    forgetting: float = 0.9995
+    forgetting: float = 0.9998
     alpha: float = 0.05
     sigma: float = 0.3
     exploration: float = 0.05
@@ -103,13 +105,14 @@ class DHTConfig(PreTrainedConfig):
             need(fits, f"widths: got {self.widths}, must be ascending numbers in 1..{heads}")
         for name, allowed in {
             "norm": ("post", "pre"),
-            "pooling": ("cls", "mean"),
+            "pooling": ("mean", "cls"),
+            "last_pooling": (None, "mean", "cls"),
             "search": ("tree", "integrated"),
             "ffn": ("coupled", "dense"),
             "reward": ("correct", "probability"),
         }.items():
             got = getattr(self, name)
-            need(got in allowed, f"{name}: got {got!r}, allowed: {', '.join(allowed)}")
+            need(got in allowed, f"{name}: got {got!r}, allowed: {', '.join(map(str, allowed))}")
         for name, low, high in (
             ("forgetting", 0.0, 1.0),
             ("budget", 0.0, 1.0),

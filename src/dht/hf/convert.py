@@ -69,6 +69,8 @@ def convert(model: PreTrainedModel, num_labels: int | None = None, **settings) -
     labelled = {} if num_labels is None else {"num_labels": num_labels}
     if num_labels is None and getattr(source, "id2label", None):
         labelled = {"id2label": source.id2label, "label2id": source.label2id}
+    if hasattr(model, "classifier") and (num_labels is None or num_labels == source.num_labels):
+        labelled["last_pooling"] = "cls"  # the checkpoint's own head reads the first token
     config = DHTConfig(
         vocab_size=source.vocab_size,
         hidden_size=source.hidden_size,
@@ -126,8 +128,9 @@ def _copy(dynamic: DHTForSequenceClassification, state: dict[str, Tensor], famil
         put(block.ffn_norm, at + family["ffn_norm"])
     for exit_ in encoder.exits:
         put(exit_.dense, family["pooler"])
-    put(encoder.exits[-1].dense, family["head"])
-    put(encoder.exits[-1].classifier, family["classifier"])
+    if dynamic.config.last_pooling == "cls":
+        put(encoder.exits[-1].dense, family["head"])
+        put(encoder.exits[-1].classifier, family["classifier"])
 
 
 def load_source(path: str | Path, num_labels: int) -> PreTrainedModel:

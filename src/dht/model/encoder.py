@@ -104,7 +104,7 @@ class Encoder(nn.Module):
         super().__init__()
         width, heads, eps = config.hidden_size, config.num_attention_heads, config.layer_norm_eps
         pre_norm = config.norm == "pre"
-        self.pooling = config.pooling
+        self.pooling = [config.pooling] * (config.num_hidden_layers - 1) + [config.last_pooling or config.pooling]
         self.embeddings = Embeddings(
             config.vocab_size,
             config.max_position_embeddings,
@@ -140,9 +140,9 @@ class Encoder(nn.Module):
             width, heads, config.intermediate_size, config.num_hidden_layers, classes, config.ffn == "coupled"
         )
 
-    def pool(self, rows: Packed) -> Tensor:
-        """[R, D], one vector a row: the first token's state (`cls`) or the mean over tokens (`mean`)."""
-        return rows.first() if self.pooling == "cls" else rows.mean()
+    def pool(self, layer: int, rows: Packed) -> Tensor:
+        """[R, D], what the exit after `layer` in 1..N reads: the mean over tokens, or the first token's state."""
+        return rows.first() if self.pooling[layer - 1] == "cls" else rows.mean()
 
     def exit(self, layer: int, pooled: Tensor) -> Tensor:
         """Logits [R, C] of the exit after `layer` in 1..N."""

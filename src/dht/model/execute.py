@@ -70,18 +70,19 @@ def execute(
         trace.wants_stop = torch.zeros(batch, num_layers, dtype=torch.bool, device=device)
     logits: Tensor | None = None
     previous: Tensor | None = None
+    pooled: Tensor | None = None  # what the last computed exit read
 
     def leave(layer: int, rows: Packed) -> None:
         """Rows that end after `layer` without having been read by the policy still owe their exit."""
         if rows.rows.numel():
-            trace.exits.append(Exit(layer, rows.rows, encoder.exit(layer, encoder.pool(rows))))
+            trace.exits.append(Exit(layer, rows.rows, encoder.exit(layer, encoder.pool(layer, rows))))
             trace.flops[rows.rows] += cost.exit_head
 
     for layer in range(num_layers):
         if not packed.rows.numel():
             break
         started = time.perf_counter()
-        view = View(layer, packed, encoder.pool, logits, previous, input_ids, attention_mask, trace, mode)
+        view = View(layer, packed, pooled, logits, previous, input_ids, attention_mask, trace, mode)
         decision = policy.decide(view)
         if learns and decision.context is not None:
             trace.context[packed.rows, layer] = decision.context
@@ -119,9 +120,10 @@ def execute(
             spent = cost.layer(group.lengths, size, group.max_length)
             trace.layer_cost[group.rows, layer] = spent
         packed = packed.with_hidden(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
-        previous, logits = logits, None
+        previous, logits, pooled = logits, None, None
         if policy.reads_exits or every_exit or layer == num_layers - 1:
-            logits = encoder.exit(layer + 1, encoder.pool(packed))
+            pooled = encoder.pool(layer + 1, packed)
+            logits = encoder.exit(layer + 1, pooled)
             trace.exits.append(Exit(layer + 1, packed.rows, logits))
             trace.layer_cost[packed.rows, layer] += cost.exit_head
     trace.flops += trace.layer_cost.sum(-1)

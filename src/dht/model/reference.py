@@ -65,7 +65,7 @@ def reference(
             new = block.ffn_norm(new)
         active = plan.units[:, layer].any(-1)[:, None, None]
         hidden = torch.where(active, new, hidden)
-        if encoder.pooling == "cls":
+        if encoder.pooling[layer] == "cls":
             pooled = hidden[torch.arange(batch), keep.int().argmax(-1)]
         else:
             pooled = (hidden * keep[..., None]).sum(1) / keep.sum(-1, keepdim=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +19,7 @@ class View:
     Attributes:
         layer: layers already run, 0..N-1.
         packed: the active rows' hidden states.
-        pool: turns packed rows into one vector a row.
+        pooled: [R, D], what the exit just reached has read, or None (layer 0, or exits not computed).
         logits: [R, C] of the exit just reached, or None (layer 0, or exits not computed).
         previous: [R, C] of the exit before that, or None.
         input_ids, attention_mask: [B, T], the whole batch as it came in.
@@ -31,7 +29,7 @@ class View:
 
     layer: int
     packed: Packed
-    pool: Callable[[Packed], Tensor]
+    pooled: Tensor | None
     logits: Tensor | None
     previous: Tensor | None
     input_ids: Tensor
@@ -48,11 +46,6 @@ class View:
     def lengths(self) -> Tensor:
         """int64 [R], tokens of the active rows."""
         return self.packed.lengths
-
-    @cached_property
-    def pooled(self) -> Tensor:
-        """[R, D], one vector a row."""
-        return self.pool(self.packed)
 
 
 class Policy(nn.Module):

@@ -23,7 +23,7 @@ def features(view: View, projection: Tensor) -> Tensor:
         projection: float [P, D], fixed random directions.
     """
     rows = view.rows.numel()
-    pooled = view.pooled.float() if view.layer else view.packed.mean().float()
+    pooled = (view.packed.mean() if view.pooled is None else view.pooled).float()
     phi = pooled.new_zeros(rows, EXIT_FEATURES + projection.shape[0])
     phi[:, 0] = 1.0
     phi[:, 1] = view.lengths.float().log() / math.log(512)

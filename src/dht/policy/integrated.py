@@ -15,14 +15,14 @@ from .learned import LearnedPolicy
 class IntegratedPolicy(LearnedPolicy):
     """Arm (l, i) = run layers 1..l, each with `widths[i]` head units; ordered by l, then by width.
 
-    A row that ran l layers shows the quality of every shallower arm of its width: all of them learn from it.
+    A row that ran l layers shows the quality of every shallower arm of its width: all of them learn from it. Each depth has
+    a regression; its widths share it and differ in the features of their width.
     """
 
     name = "integrated"
 
     def __init__(self, config) -> None:
-        super().__init__(config, config.num_hidden_layers * len(config.widths))
-        self.arms = len(self.widths)
+        super().__init__(config, config.num_hidden_layers)
 
     def decide(self, view: View) -> Decision:
         if view.layer:
@@ -31,38 +31,32 @@ class IntegratedPolicy(LearnedPolicy):
         else:
             context = self._features(view)
             arm = self._choose(view, context)
-        depth, width = arm // self.arms + 1, arm % self.arms
+        depth, width = arm // len(self.widths) + 1, arm % len(self.widths)
         sets, choice = self._pick_sets(view, context, torch.where(depth > view.layer, width, -1))
-        stops = torch.zeros_like(depth, dtype=torch.bool)
-        return Decision(sets, choice, arm, context, stops)
+        return Decision(sets, choice, arm, context, torch.zeros_like(depth, dtype=torch.bool))
 
     def _choose(self, view: View, context: Tensor) -> Tensor:
+        """int64 [R], the arm of each row; the grid in one vector, depth by depth."""
+        rows, count = len(context), len(self.widths)
         alpha = 0.0 if view.mode == "exploit" else self.alpha
-        arm = choose(ucb_index(self.numbers, context, alpha, self.price))
+        wide = self._with_width(context, torch.arange(count, device=context.device))
+        index = ucb_index(self.numbers, wide, alpha, self.price)  # [R * K, N]
+        arm = choose(index.view(rows, count, self.layers).transpose(1, 2).flatten(1))
         if view.mode != "exploit":
             floor = self.exploration if view.mode == "explore" else 1.0
-            deep = (self.layers - 1) * self.arms + self._random_widths(view)
+            deep = (self.layers - 1) * count + self._random_widths(view)
             arm = torch.where(self._row_draws(view, 1) < floor, deep, arm)
             if view.mode == "survey":
-                arm = torch.full_like(arm, self.layers * self.arms - 1)
+                arm = torch.full_like(arm, self.layers * count - 1)
         return arm
 
     def decision_flops(self, layer: int, cost: CostModel) -> float:
-        if layer:
-            return 0.0
-        features = self.num_features
-        numbers = 2.0 * features * self.numbers.num_arms * (features + 2)
-        return numbers + 2.0 * features * self.heads * self.layers + 2.0 * self.projection.numel()
+        return super().decision_flops(layer, cost) * self.layers if layer == 0 else 0.0
 
     @torch.no_grad()
     def observe(self, trace: Trace, quality: Tensor) -> None:
-        rows, layers = quality.shape
-        width = trace.arm[:, 0] % self.arms
-        ran = torch.arange(layers, device=quality.device) < trace.layers[:, None]
-        weight = torch.zeros(rows, layers, self.arms, dtype=torch.float64, device=quality.device)
-        target = torch.zeros(*weight.shape, 2, dtype=torch.float64, device=quality.device)
-        every = torch.arange(rows, device=quality.device)
-        weight[every, :, width] = ran.double()
-        target[every, :, width, 0] = quality
-        target[every, :, width, 1] = trace.layer_cost.cumsum(-1)
-        self.numbers.update(trace.context[:, 0], weight.flatten(1), target.flatten(1, 2))
+        layers = quality.shape[1]
+        weight = (torch.arange(layers, device=quality.device) < trace.layers[:, None]).to(torch.float64)
+        target = torch.stack([quality.to(torch.float64), trace.layer_cost.cumsum(-1)], -1)
+        phi = self._with_width(trace.context[:, 0], trace.arm[:, 0] % len(self.widths), paired=True)
+        self.numbers.update(phi, weight, target)

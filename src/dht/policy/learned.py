@@ -27,6 +27,7 @@ class LearnedPolicy(Policy):
     """
 
     CURVE = 8  # points of the measured price curve
+    WIDTH_FEATURES = 3  # x, x^2 and x * confidence of an arm that runs x = k / H of the units
 
     def __init__(self, config, num_arms: int) -> None:
         super().__init__()
@@ -35,7 +36,8 @@ class LearnedPolicy(Policy):
         self.num_features = EXIT_FEATURES + config.context_projection
         self.alpha, self.sigma = config.alpha, config.sigma
         self.exploration, self.max_sets, self.seed = config.exploration, config.head_sets, config.policy_seed
-        self.numbers = LinearPosterior(num_arms, self.num_features, 2, config.ridge, config.forgetting)
+        features = self.num_features + self.WIDTH_FEATURES
+        self.numbers = LinearPosterior(num_arms, features, 2, config.ridge, config.forgetting)
         self.units = LinearPosterior(self.layers * self.heads, self.num_features, 1, config.ridge, config.forgetting)
         generator = torch.Generator().manual_seed(self.seed)
         sets = torch.zeros(self.layers, len(self.widths), self.max_sets, self.heads, dtype=torch.bool)
@@ -111,10 +113,24 @@ class LearnedPolicy(Policy):
     def _features(self, view: View) -> Tensor:
         return features(view, self.projection)
 
+    def _with_width(self, context: Tensor, width: Tensor, paired: bool = False) -> Tensor:
+        """The context with the features of a width: numbers of units are ordered, so what is learned of one says something
+        of its neighbours, and the context's part is learned once for all.
+
+        Args:
+            context: [R, F].
+            width: int64 [K], width indices: every row with every width, [R * K, F + 3]; `paired`: [R], row by row.
+        """
+        share = torch.tensor(self.widths, dtype=torch.float64, device=context.device)[width] / self.heads
+        if not paired:
+            rows, count = len(context), len(width)
+            context = context[:, None].expand(rows, count, -1).reshape(rows * count, -1)
+            share = share.repeat(rows)
+        return torch.cat([context, torch.stack([share, share.square(), share * context[:, 2]], -1)], -1)
+
     def decision_flops(self, layer: int, cost: CostModel) -> float:
-        arms = self.numbers.num_arms // max(self.layers, 1)
-        features = self.num_features
-        return 2.0 * features * (arms * (features + 2) + self.heads) + 2.0 * self.projection.numel()
+        numbers = (1 + len(self.widths)) * (self.num_features + self.WIDTH_FEATURES) * 2
+        return 2.0 * (numbers + self.num_features * self.heads + self.projection.numel())
 
     # Learning
 

@@ -1,0 +1,166 @@
+"""Tree and integrated search: read-only deciding, exploration, learning from a trace, prices and budgets."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from builders import batch, dynamic_model
+
+from dht.policy.reward import quality
+
+SEARCHES = ("tree", "integrated")
+
+
+def run(model, mode="exploit", rows=7, **kwargs):
+    inputs = batch(tuple(range(3, 3 + rows)), seed=1)
+    labels = inputs.pop("labels")
+    return model(**inputs, labels=labels, mode=mode, **kwargs), labels
+
+
+def state_of(model):
+    return copy.deepcopy(model.policy.state_dict())
+
+
+def taught(search="tree", rounds=8, **settings):
+    """A policy that has seen that deeper exits are right and that shallow ones are not."""
+    model = dynamic_model(search=search, **settings)
+    for _ in range(rounds):
+        output, _ = run(model, "probe")
+        depth = torch.tensor([0.2, 0.6, 1.0], dtype=torch.float64).expand(7, 3)
+        model.policy.observe(output.trace, depth)
+        model.policy.finish_step()
+    return model
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("mode", ["exploit", "explore", "probe", "survey"])
+def test_deciding_changes_nothing(search, mode):
+    model = taught(search, rounds=2)
+    before = state_of(model)
+    run(model, mode)
+    for name, tensor in state_of(model).items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_same_seed_and_step_draw_the_same_and_the_next_step_does_not(search):
+    first, second = taught(search), taught(search)
+    assert torch.equal(run(first, "probe")[0].trace.units, run(second, "probe")[0].trace.units)
+    second.policy.finish_step()
+    plans = []
+    for _ in range(4):
+        second.policy.finish_step()
+        plans.append(run(second, "probe")[0].trace.units)
+    assert any(not torch.equal(plans[0], other) for other in plans[1:])
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_probe_runs_every_layer_and_survey_every_unit(search):
+    model = taught(search)
+    model.policy.price.fill_(10.0)
+    assert run(model, "probe")[0].trace.layers.tolist() == [3] * 7
+    assert bool(run(model, "survey")[0].trace.units.all())
+    assert run(model, "exploit")[0].trace.layers.tolist() == [1] * 7
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_the_price_moves_the_choice_without_new_data(search):
+    model = taught(search)
+    spent = []
+    for price in (0.0, 0.5, 5.0):
+        model.policy.price.fill_(price)
+        spent.append(run(model)[0].trace.flops_fraction)
+    assert spent[0] > spent[-1]
+    assert sorted(spent, reverse=True) == spent
+    model.policy.price.fill_(0.0)
+    assert run(model)[0].trace.layers.float().mean() > 2, "free compute and better deep exits: go deep"
+
+
+def test_exploration_floor_sends_rows_deep():
+    for exploration, expected in ((0.0, 1), (1.0, 3)):
+        model = taught(exploration=exploration, alpha=0.0)
+        model.policy.price.fill_(10.0)
+        assert run(model, "explore")[0].trace.layers.tolist() == [expected] * 7
+
+
+def test_optimism_acts():
+    """An arm that nobody has tried is tried while exploring, and not while exploiting."""
+    model = taught(alpha=50.0, exploration=0.0)
+    model.policy.numbers.gram[-1] = 0.0  # the last layer at full width: unseen again
+    model.policy.numbers.moment[-1] = 0.0
+    explored = run(model, "explore")[0].trace
+    assert bool((explored.arm[:, 2] == len(model.policy.widths)).all())
+    exploited = run(model, "exploit")[0].trace
+    assert not bool((exploited.arm[:, 2] == len(model.policy.widths)).any())
+
+
+def test_sigma_and_head_sets_act():
+    plans = {}
+    for sigma in (0.0, 5.0):
+        model = taught(sigma=sigma)
+        drawn = []
+        for _ in range(5):
+            drawn.append(run(model, "probe")[0].trace.units)
+            model.policy.finish_step()
+        plans[sigma] = drawn
+    narrow = [units[units.sum(-1) == 2].unique(dim=0) for units in plans[5.0]]
+    assert len(torch.cat(narrow).unique(dim=0)) > 1, "a wide posterior draws different sets"
+    steady = torch.cat([units[:, 0][units[:, 0].sum(-1) == 2] for units in plans[0.0]])
+    assert len(steady.unique(dim=0)) == 1, "without noise and knowledge of the units there is one set"
+
+
+def test_gate_gradients_pay_the_units_that_ran():
+    model = taught()
+    before = model.policy.units.pulls.clone()
+    output, _ = run(model, "explore", tap_gates=True)
+    output.loss.backward()
+    model.policy.observe_units(output.trace)
+    pulled = (model.policy.units.pulls - before * model.policy.units.forgetting ** 21).view(3, 5)
+    ran = output.trace.units.sum(0) > 0
+    assert torch.equal(pulled > 0.1, ran)
+
+
+def test_useful_units_are_ranked_first():
+    """Units whose output is cut off get no gradient, so they end last."""
+    model = dynamic_model()
+    for block in model.encoder.blocks:
+        for weight in (block.out_weight, block.down_weight):
+            weight.data[1] = 0.0
+    for _ in range(5):
+        output, _ = run(model, "survey", tap_gates=True)
+        output.loss.backward()
+        model.policy.observe_units(output.trace)
+        model.policy.finish_step()
+    assert model.policy.ranking()[:, -1].tolist() == [1, 1, 1]
+    model.policy.fix_head_sets(output.trace.context)
+    assert not bool(model.policy.head_sets[:, :2, :, 1].any())
+    assert model.policy.head_sets.sum(-1).unique().tolist() == [2, 4, 5]
+
+
+def test_integrated_learns_all_shallower_arms_at_once():
+    model = dynamic_model(search="integrated")
+    output, labels = run(model, "survey")
+    model.policy.observe(output.trace, quality(output.trace, labels))
+    assert bool((model.policy.numbers.pulls > 6).all()), "seven rows, each paid for every depth"
+
+
+def test_set_budget_reads_the_curve():
+    model = dynamic_model()
+    prices = torch.logspace(-2, 1, model.policy.CURVE, dtype=torch.float64)
+    model.policy.fix_curve(prices, torch.linspace(0.9, 0.1, model.policy.CURVE, dtype=torch.float64))
+    model.policy.set_budget(0.9)
+    assert float(model.policy.price) == pytest.approx(0.01)
+    model.policy.set_budget(0.1)
+    assert float(model.policy.price) == pytest.approx(10.0)
+
+
+def test_non_finite_gate_gradients_are_left_out():
+    model = taught()
+    output, _ = run(model, "explore", tap_gates=True)
+    output.loss.backward()
+    rows, units, grads = output.trace.gate_grads[0][0]
+    grads[0] = float("nan")
+    model.policy.observe_units(output.trace)
+    assert bool(model.policy.units.moment.isfinite().all())

@@ -1,0 +1,211 @@
+"""Training end to end on a small encoder and real sentences: budget, report, resume, interruption."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertModel, TrainerCallback
+
+import dht.train as training
+from dht.config import TrainSettings
+from dht.data import load_data
+from dht.errors import CheckpointError, ConfigError, DHTError
+from dht.load import load_run
+
+FIELDS = {
+    "accuracy", "macro_f1", "num_examples", "budget", "policy", "search", "seed", "flops_fraction", "time_fraction",
+    "seconds", "dense_seconds", "policy_time_fraction", "mean_layers", "mean_heads", "layers_histogram", "head_usage",
+    "train_flops_fraction", "train_time_fraction", "train_seconds", "dense_train_seconds",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory, minilm_path):
+    """A tiny BERT with the real tokenizer, saved as any checkpoint is."""
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory, vader_path):
+    """A small seeded cut of the real sentences."""
+    folder = tmp_path_factory.mktemp("sentences")
+    data = load_data(str(vader_path))
+    for split, count in (("train", 400), ("validation", 120), ("test", 100)):
+        rows = getattr(data, split)
+        chosen = random.Random(0).sample(range(len(rows)), count)
+        lines = [json.dumps({"text": rows.texts[i], "label": data.label_names[rows.labels[i]]}) for i in chosen]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(encoder, sentences):
+    return TrainSettings(
+        data=str(sentences), model=str(encoder), out=None, budget=0.4, epochs=2, batch_size=16, lr=1e-3, max_length=48,
+        device="cpu", save_every=5,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    news = []
+    return out, training.train(replace(settings, out=out), say=news.append), news
+
+
+def test_the_report_has_every_field(finished):
+    out, report, _ = finished
+    assert set(report) >= FIELDS
+    assert json.loads((out / "report.json").read_text()) == report
+    assert report["num_examples"] == 100 == sum(report["layers_histogram"])
+    assert len(report["layers_histogram"]) == 4
+    assert (len(report["head_usage"]), len(report["head_usage"][0])) == (3, 4)
+    assert report["policy"] == "learned"
+    assert 0 < report["policy_time_fraction"] < 1
+
+
+def test_the_budget_is_met_and_training_counts_everything(finished):
+    _, report, _ = finished
+    # The exit heads and the policy weigh heavily at this size (D = 32), the validation rows are few.
+    assert report["flops_fraction"] == pytest.approx(0.4, abs=0.12)
+    history = json.loads((finished[0] / "history.json").read_text())
+    stepped = sum(line["fraction"] for line in history) / len(history)
+    assert report["train_flops_fraction"] > stepped, "calibration and feedback are charged too"
+
+
+def test_the_run_folder_serves(finished):
+    out, report, _ = finished
+    assert not (out / "checkpoints").exists()
+    model, tokenizer = load_run(out)
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+    assert tokenizer("fine").input_ids
+    assert float(model.policy.price) > 0
+    assert model.config.budget == 0.4
+
+
+class _Stop(TrainerCallback):
+    """Raises in the middle of training, as Ctrl-C does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(settings, finished, tmp_path, monkeypatch):
+    make = training._dynamic_trainer
+
+    def stopping(*args, **kwargs):
+        trainer = make(*args, **kwargs)
+        trainer.add_callback(_Stop(17))
+        return trainer
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "_dynamic_trainer", stopping)
+        training.train(replace(settings, out=out))
+    saved = training.complete_checkpoints(out / "checkpoints")
+    assert [path.name for path in saved] == ["checkpoint-10", "checkpoint-15"]
+    with pytest.raises(CheckpointError, match="no config.json, so no finished run; the run was interrupted"):
+        load_run(out)
+    # A checkpoint that was cut short is not resumed from.
+    broken = out / "checkpoints" / "checkpoint-20"
+    shutil.copytree(saved[-1], broken)
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:1000])
+    assert training.complete_checkpoints(out / "checkpoints") == saved
+
+    report = training.train(replace(settings, out=out), resume=True)
+    whole, again = load_run(finished[0])[0], load_run(out)[0]
+    for (name, ours), theirs in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert report["accuracy"] == finished[1]["accuracy"]
+    assert report["train_flops_fraction"] == pytest.approx(finished[1]["train_flops_fraction"])
+
+
+@pytest.mark.parametrize("change", [{"search": "integrated"}, {"ffn": "dense"}, {"dtype": "bfloat16"}, {"accumulate": 2}])
+def test_every_variant_trains(settings, tmp_path, change):
+    report = training.train(replace(settings, out=tmp_path / "run", epochs=0.5, **change))
+    for name, value in change.items():
+        if name in report:
+            assert report[name] == value
+    assert 0 < report["flops_fraction"] < 1.2
+
+
+def test_a_preset_trains_from_scratch(settings, tmp_path):
+    report = training.train(replace(settings, out=tmp_path / "run", epochs=0.3, model="preset:tiny"))
+    assert len(report["layers_histogram"]) == 5
+    with pytest.raises(DHTError, match="no preset 'preset:huge'; there are: preset:tiny, preset:small"):
+        training.train(replace(settings, out=tmp_path / "other", model="preset:huge"))
+
+
+def test_dense_training_is_the_plain_model(settings, tmp_path):
+    report = training.train(replace(settings, out=tmp_path / "run", epochs=0.5, dense=True))
+    assert report["policy"] == "dense"
+    assert report["train_flops_fraction"] == report["flops_fraction"] == 1.0
+    assert report["mean_layers"] == 3
+    assert report["dense_train_seconds"] == report["train_seconds"]
+
+
+def test_a_folder_with_a_run_is_not_overwritten_unasked(settings, finished):
+    before = (finished[0] / "report.json").read_bytes()
+    with pytest.raises(DHTError, match="already holds files; give another folder, --resume to go on, or --overwrite"):
+        training.train(replace(settings, out=finished[0]))
+    assert (finished[0] / "report.json").read_bytes() == before
+
+
+def test_resume_without_a_checkpoint(settings, tmp_path):
+    with pytest.raises(CheckpointError, match="--resume: no complete checkpoint in"):
+        training.train(replace(settings, out=tmp_path / "none"), resume=True)
+
+
+def test_out_is_a_file(settings, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DHTError, match="is a file; give a folder"):
+        training.train(replace(settings, out=tmp_path / "file"))
+
+
+def test_all_bad_settings_at_once(settings, tmp_path):
+    bad = replace(settings, out=tmp_path, budget=0, search="both", epochs=-1, batch_size=0, device="tpu", dtype="int4")
+    with pytest.raises(ConfigError) as caught:
+        training.train(bad)
+    for part in (
+        "--budget: got 0, allowed: a number in (0, 1]",
+        "--search: got 'both', allowed: tree, integrated",
+        "--epochs: got -1",
+        "--batch-size: got 0",
+        "--device: got 'tpu', allowed: auto, cpu, cuda",
+        "--dtype: got 'int4', allowed: float32, bfloat16",
+    ):
+        assert part in str(caught.value)
+
+
+def test_corrupt_runs_are_refused(finished, tmp_path):
+    def copy(name):
+        return shutil.copytree(finished[0], tmp_path / name)
+
+    cases = {
+        "truncated": ("model.safetensors", lambda b: b[: len(b) // 2], "cannot load model.safetensors"),
+        "garbled": ("config.json", lambda b: b[:40], "not readable as JSON"),
+        "foreign": ("config.json", lambda b: b.replace(b'"dht"', b'"bert"'), "not a dht model"),
+        "newer": ("config.json", lambda b: b.replace(b'"format_version": 1', b'"format_version": 7'), "install a newer dht"),
+    }
+    for name, (file, change, text) in cases.items():
+        folder = copy(name)
+        (folder / file).write_bytes(change((folder / file).read_bytes()))
+        with pytest.raises(CheckpointError, match=text):
+            load_run(folder)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        load_run(tmp_path / "nothing")
