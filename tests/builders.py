@@ -37,7 +37,9 @@ def dynamic_model(family: str = "bert", seed: int = 0, **settings) -> DHTForSequ
     settings = {"widths": [2, 4, 5], "context_projection": 3} | settings
     torch.manual_seed(seed)
     if family == "dht":
-        model = _spread(DHTForSequenceClassification(DHTConfig(**SIZES | {"norm": "pre", "type_vocab_size": 0} | settings)))
+        model = _spread(
+            DHTForSequenceClassification(DHTConfig(**SIZES | {"norm": "pre", "type_vocab_size": 0} | settings))
+        )
     else:
         model = convert(plain_model(family, seed), **settings)
         for exit_ in model.encoder.exits[:-1]:

@@ -7,11 +7,11 @@ import subprocess
 import sys
 
 import pytest
-from test_train import encoder, finished, sentences, settings  # noqa: F401
 from typer.testing import CliRunner
 
 from dht.cli import app, main
 from dht.errors import DHTError
+from test_train import encoder, finished, sentences, settings  # noqa: F401
 
 DHT = [sys.executable, "-m", "dht.cli"]
 
@@ -96,7 +96,19 @@ def test_predict_file_in_batches_of_one_equals_batches(finished, tmp_path):  # n
 
 def test_train_command(settings, tmp_path):  # noqa: F811
     out = tmp_path / "run"
-    call = ["train", "--data", settings.data, "--model", settings.model, "--out", out, "--epochs", 0.2, "--max-length", 32]
+    call = [
+        "train",
+        "--data",
+        settings.data,
+        "--model",
+        settings.model,
+        "--out",
+        out,
+        "--epochs",
+        0.2,
+        "--max-length",
+        32,
+    ]
     result = invoke(*call, "--batch-size", 16, "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert "samples by layers run" in result.output
@@ -126,7 +138,10 @@ def test_interruption_says_how_to_resume(settings, tmp_path, monkeypatch):  # no
 def test_bad_calls_are_one_line_and_exit_2(finished, settings, tmp_path, monkeypatch, capsys):  # noqa: F811
     run, data = finished[0], settings.data
     cases = [
-        (("train", "--data", data, "--out", tmp_path / "x", "--budget", "1.5"), "--budget: got 1.5, allowed: a number in (0, 1]"),
+        (
+            ("train", "--data", data, "--out", tmp_path / "x", "--budget", "1.5"),
+            "--budget: got 1.5, allowed: a number in (0, 1]",
+        ),
         (("train", "--data", tmp_path / "none", "--out", tmp_path / "x"), "none"),
         (("train", "--data", data, "--out", tmp_path / "x", "--model", "./none/here"), "no folder './none/here'"),
         (("evaluate", run, "--data", data, "--policy", "best"), "--policy: got 'best'"),

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import LENGTHS, batch, dynamic_model, random_plan
 from torch.utils.flop_counter import FlopCounterMode
 
+from builders import LENGTHS, batch, dynamic_model, random_plan
 from dht.hf.convert import export
 from dht.model.execute import execute
 from dht.policy.baselines import DensePolicy, FixedPlan
 
 
 def counted(run) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        # The counter knows the fused kernels only; the plain one shows every product.
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            run()
+    # The counter knows the fused kernels only; the plain one shows every product.
+    plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), plain:
+        run()
     return counter.get_total_flops()
 
 

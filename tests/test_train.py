@@ -85,7 +85,7 @@ def test_the_budget_is_met_and_training_counts_everything(finished):
 
 
 def test_the_run_folder_serves(finished):
-    out, report, _ = finished
+    out, _, _ = finished
     assert not (out / "checkpoints").exists()
     model, tokenizer = load_run(out)
     assert model.config.id2label == {0: "negative", 1: "positive"}
@@ -135,7 +135,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(settings, finished, tmp_pa
     assert report["train_flops_fraction"] == pytest.approx(finished[1]["train_flops_fraction"])
 
 
-@pytest.mark.parametrize("change", [{"search": "integrated"}, {"ffn": "dense"}, {"dtype": "bfloat16"}, {"accumulate": 2}])
+@pytest.mark.parametrize(
+    "change", [{"search": "integrated"}, {"ffn": "dense"}, {"dtype": "bfloat16"}, {"accumulate": 2}]
+)
 def test_every_variant_trains(settings, tmp_path, change):
     report = training.train(replace(settings, out=tmp_path / "run", epochs=0.5, **change))
     for name, value in change.items():
@@ -200,7 +202,11 @@ def test_corrupt_runs_are_refused(finished, tmp_path):
         "truncated": ("model.safetensors", lambda b: b[: len(b) // 2], "cannot load model.safetensors"),
         "garbled": ("config.json", lambda b: b[:40], "not readable as JSON"),
         "foreign": ("config.json", lambda b: b.replace(b'"dht"', b'"bert"'), "not a dht model"),
-        "newer": ("config.json", lambda b: b.replace(b'"format_version": 1', b'"format_version": 7'), "install a newer dht"),
+        "newer": (
+            "config.json",
+            lambda b: b.replace(b'"format_version": 1', b'"format_version": 7'),
+            "install a newer dht",
+        ),
     }
     for name, (file, change, text) in cases.items():
         folder = copy(name)

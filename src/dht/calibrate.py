@@ -84,7 +84,9 @@ def _fit_exit_heads(model: DHTForSequenceClassification, batches: list[dict], st
     states = [torch.cat(part) for part in pooled]
     optimizer = torch.optim.AdamW(encoder.exits.parameters(), lr=lr)
     for _ in range(steps):
-        loss = torch.stack([F.cross_entropy(e(x).float(), labels) for e, x in zip(encoder.exits, states, strict=True)]).sum()
+        loss = torch.stack(
+            [F.cross_entropy(e(x).float(), labels) for e, x in zip(encoder.exits, states, strict=True)]
+        ).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -137,4 +139,3 @@ def _observe_importance(model, trace, heads: Tensor, neurons: list[Tensor]) -> N
         target = torch.zeros_like(weight)
         weight[:, layer], target[:, layer] = 1.0, value[layer].expand(rows, -1)
         policy.units.update(trace.context[:, layer], weight.flatten(1), target.flatten(1))
-

@@ -22,7 +22,9 @@ app = typer.Typer(
 
 Data = Annotated[
     str,
-    typer.Option(help="Embedded name (vader), a folder with train|validation|test files, or a Hugging Face data set id."),
+    typer.Option(
+        help="Embedded name (vader), a folder with train|validation|test files, or a Hugging Face data set id."
+    ),
 ]
 Model = Annotated[
     str,
@@ -53,7 +55,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -88,7 +92,9 @@ def train(
     model: Model = "minilm",
     budget: Budget = 0.26,
     search: Annotated[str, typer.Option(help="tree (decide after every layer) or integrated (decide once).")] = "tree",
-    ffn: Annotated[str, typer.Option(help="coupled (units carry FFN neurons) or dense (attention heads alone).")] = "coupled",
+    ffn: Annotated[
+        str, typer.Option(help="coupled (units carry FFN neurons) or dense (attention heads alone).")
+    ] = "coupled",
     epochs: Annotated[float, typer.Option(help="Passes over the training split.")] = 3.0,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
@@ -98,7 +104,9 @@ def train(
     dtype: Dtype = "float32",
     accumulate: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
     warm_start: Annotated[float, typer.Option(help="Training budget at the first step, in (0, 1].")] = 0.6,
-    settle: Annotated[float, typer.Option(help="Share of the steps after which the training budget is the budget.")] = 0.4,
+    settle: Annotated[
+        float, typer.Option(help="Share of the steps after which the training budget is the budget.")
+    ] = 0.4,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0 = once an epoch.")] = 0,
     text_column: TextColumn = "text",
     label_column: LabelColumn = "label",
@@ -142,7 +150,9 @@ def evaluate(
     budget: Annotated[float | None, typer.Option(help="Budget to serve; default: the one trained for.")] = None,
     policy: Annotated[
         str,
-        typer.Option(help="learned, dense, random, hash, length, confidence, patience or static:LxK (L layers, K units)."),
+        typer.Option(
+            help="learned, dense, random, hash, length, confidence, patience or static:LxK (L layers, K units)."
+        ),
     ] = "learned",
     json: Annotated[Path | None, typer.Option(help="Write the report here; otherwise JSON goes to stdout.")] = None,
     batch_size: BatchSize = 32,
@@ -193,7 +203,9 @@ def predict(
     model, tokenizer = load_run(folder, device)
     if budget is not None:
         model.policy.set_budget(check_budget(budget))
-    for row in run(model, tokenizer, read_texts(file, text_column=text_column), batch_size=batch_size, max_length=max_length):
+    for row in run(
+        model, tokenizer, read_texts(file, text_column=text_column), batch_size=batch_size, max_length=max_length
+    ):
         sys.stdout.write(to_line(row) + "\n")
         sys.stdout.flush()
 

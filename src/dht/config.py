@@ -26,8 +26,8 @@ class TrainSettings:
         max_length: tokens a text is cut to.
         device: "auto", "cpu" or "cuda". dtype: "float32" or "bfloat16" (autocast).
         accumulate: batches per optimizer step.
-        warm_start, settle: training's budget starts at `warm_start` and has come down to `budget` after the share `settle`
-            of all steps.
+        warm_start, settle: training's budget starts at `warm_start` and has come down to `budget` after the share
+            `settle` of all steps.
         save_every: checkpoint every so many steps; 0 = once an epoch.
         text_column, label_column: names in the data.
         dense: train the plain full model instead (one exit, no policy), the reference to compare with.

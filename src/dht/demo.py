@@ -1,7 +1,8 @@
-"""`dht demo`: the main job on assets that need no hub: dense and dynamic, trained and compared, with a page to look at."""
+"""`dht demo`: the main job on assets that need no hub: dense and dynamic, trained and compared, with a page."""
 
 from __future__ import annotations
 
+import json
 import platform
 import random
 from dataclasses import replace
@@ -15,8 +16,8 @@ import transformers
 from ._files import write_json, write_text
 from .config import TrainSettings
 from .data import load_data
-from .measure import run_policy
 from .load import by_length, load_run, tokenise
+from .measure import Outcome, run_policy
 from .predict import predict
 from .report.page import render_page
 from .rivals import rival
@@ -28,7 +29,7 @@ PAGE_SAMPLES = 300
 
 
 def demo(settings: TrainSettings, *, overwrite: bool = False, say: Say = lambda _: None) -> list[dict[str, Any]]:
-    """Trains the dense and the dynamic model, writes both runs and `page.html` under `settings.out`, returns both reports.
+    """The reports of a dense and a dynamic model, both trained here; their runs and `page.html` are in `settings.out`.
 
     Args:
         settings: of the dynamic run; the dense one differs only in `dense` and its folder.
@@ -60,7 +61,8 @@ def write_page(settings: TrainSettings, report: dict[str, Any], dense: dict[str,
         splits=("train", "validation"), optional=("test",),
     )  # fmt: skip
     split = data.test or data.validation
-    assert split is not None and data.validation is not None
+    assert split is not None
+    assert data.validation is not None
     batches, _ = by_length(tokenizer, tokenise(tokenizer, split, settings.max_length), settings.batch_size)
     held, _ = by_length(tokenizer, tokenise(tokenizer, data.validation, settings.max_length), settings.batch_size)
 
@@ -92,8 +94,6 @@ def write_page(settings: TrainSettings, report: dict[str, Any], dense: dict[str,
                 "exits": row["exits"],
             }
         )
-    import json
-
     history = json.loads((settings.out / "dht" / "history.json").read_text(encoding="utf-8"))
     meta = {
         "title": f"dht on {data.name}",
@@ -110,5 +110,5 @@ def write_page(settings: TrainSettings, report: dict[str, Any], dense: dict[str,
     return path
 
 
-def _point(name: str, kind: str, outcome) -> dict[str, Any]:
+def _point(name: str, kind: str, outcome: Outcome) -> dict[str, Any]:
     return {"name": name, "kind": kind, "flops_fraction": outcome.flops_fraction, "accuracy": outcome.accuracy}

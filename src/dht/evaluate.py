@@ -59,7 +59,8 @@ def evaluate(
         check_budget(budget)
     model, tokenizer = load_run(folder, device)
     budget = model.config.budget if budget is None else budget
-    label_names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    names = model.config.label_names
+    label_names = [names[i] for i in range(len(names))]
     matched = policy in ("confidence", "patience", "random", "hash", "length")
     loaded = load_data(
         data, text_column=text_column, label_column=label_column, seed=seed, label_names=label_names,

@@ -21,7 +21,7 @@ from .hf.configuration import FORMAT_VERSION, DHTConfig
 from .hf.convert import convert, load_source
 from .hf.modeling import DHTForSequenceClassification
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "preset:tiny": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512},
     "preset:small": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
 }
@@ -41,7 +41,9 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
-def build(settings: TrainSettings, label_names: list[str]) -> tuple[DHTForSequenceClassification, PreTrainedTokenizerBase]:
+def build(
+    settings: TrainSettings, label_names: list[str]
+) -> tuple[DHTForSequenceClassification, PreTrainedTokenizerBase]:
     """A dynamic model ready for training, and its tokenizer.
 
     Raises:
@@ -53,13 +55,11 @@ def build(settings: TrainSettings, label_names: list[str]) -> tuple[DHTForSequen
         "budget": settings.budget,
         "policy_seed": settings.seed,
     }
+    tokenizer: PreTrainedTokenizerBase
     if settings.model in PRESETS:
         tokenizer = AutoTokenizer.from_pretrained(assets.model_path("minilm"))
-        sizes = PRESETS[settings.model]
-        config = DHTConfig(
-            **sizes, vocab_size=len(tokenizer), norm="pre", type_vocab_size=0, num_labels=len(label_names), **options
-        )
-        model = DHTForSequenceClassification(config)
+        options |= {"vocab_size": len(tokenizer), "norm": "pre", "type_vocab_size": 0, "num_labels": len(label_names)}
+        model = DHTForSequenceClassification(DHTConfig(**options, **PRESETS[settings.model]))
     elif settings.model.startswith("preset:"):
         raise DHTError(f"--model: no preset {settings.model!r}; there are: {', '.join(PRESETS)}")
     else:
@@ -129,7 +129,9 @@ def load_run(folder: str | Path, device: str = "auto") -> tuple[DHTForSequenceCl
         raise CheckpointError(f"{folder}: no such folder; give the --out folder of a finished dht train")
     if not config_file.is_file():
         hint = "the run was interrupted: go on with dht train --resume" if (folder / "checkpoints").is_dir() else ""
-        raise CheckpointError(f"{folder}: no config.json, so no finished run; {hint or 'give the --out folder of dht train'}")
+        raise CheckpointError(
+            f"{folder}: no config.json, so no finished run; {hint or 'give the --out folder of dht train'}"
+        )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -138,7 +140,8 @@ def load_run(folder: str | Path, device: str = "auto") -> tuple[DHTForSequenceCl
         raise CheckpointError(f"{config_file}: not a dht model; give the --out folder of dht train")
     if config.get("format_version", 0) > FORMAT_VERSION:
         raise CheckpointError(
-            f"{config_file}: format {config['format_version']}, this dht reads up to {FORMAT_VERSION}; install a newer dht"
+            f"{config_file}: format {config['format_version']}, this dht reads up to {FORMAT_VERSION};"
+            " install a newer dht"
         )
     try:
         model, report = DHTForSequenceClassification.from_pretrained(
@@ -148,7 +151,9 @@ def load_run(folder: str | Path, device: str = "auto") -> tuple[DHTForSequenceCl
         raise CheckpointError(f"{folder}: cannot load model.safetensors: {error}; the checkpoint is corrupt") from error
     lost = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if lost:
-        raise CheckpointError(f"{folder / 'model.safetensors'}: {len(lost)} tensors missing or misshapen, e.g. {lost[0]}")
+        raise CheckpointError(
+            f"{folder / 'model.safetensors'}: {len(lost)} tensors missing or misshapen, e.g. {lost[0]}"
+        )
     return model.to(device_of(device)).eval(), _tokenizer(str(folder))
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from .hf.convert import export
 from .hf.modeling import DHTForSequenceClassification
@@ -120,7 +119,8 @@ def time_policy(
     """
     step = max(1, math.ceil(len(batches) / most))
     timed = [batch for i, batch in enumerate(batches) if i % step == step // 2 or step == 1]
-    plain: PreTrainedModel = export(model).to(model.device).eval()
+    plain = export(model).eval()
+    plain.to(model.device)
     dense = DensePolicy(model.config.num_attention_heads).to(model.device)
     contenders: dict[str, Callable[[Batch], Any]] = {
         "dht": lambda inputs: model(**inputs, policy=policy),
@@ -134,7 +134,7 @@ def time_policy(
             _, inputs = split_labels(batch, model.device)
             taken: dict[str, list[float]] = {name: [] for name in contenders}
             deciding = []
-            for repeat in range(repeats + (index == 0)):
+            for _ in range(repeats + (index == 0)):
                 for name, run in contenders.items():
                     _wait(model.device)
                     started = time.perf_counter()
@@ -194,7 +194,7 @@ def report_of(outcome: Outcome, timing: Timing | None, **settings: Any) -> dict[
 
 def macro_f1(labels: Tensor, predictions: Tensor) -> float:
     """Unweighted mean over the classes that occur of their F1, in [0, 1]."""
-    scores = []
+    scores: list[float] = []
     for value in torch.cat([labels, predictions]).unique():
         hit = ((labels == value) & (predictions == value)).sum().item()
         total = (labels == value).sum().item() + (predictions == value).sum().item()

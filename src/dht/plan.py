@@ -49,7 +49,9 @@ class Plan:
         gap = (~runs[:, :-1] & runs[:, 1:]).any(-1)
         if bool(gap.any()):
             row = int(gap.nonzero()[0])
-            raise ValueError(f"row {row} of the plan runs a layer after one that it skips: rows leave, they do not return")
+            raise ValueError(
+                f"row {row} of the plan runs a layer after one that it skips: rows leave, they do not return"
+            )
 
     @property
     def layers(self) -> Tensor:
@@ -66,9 +68,15 @@ class Exit:
     logits: Tensor
 
 
+def _empty() -> Tensor:
+    return torch.empty(0)
+
+
 @dataclass
 class Trace:
     """What was executed for each row of a batch; reports, rewards and pictures all read it.
+
+    `arm`, `context` and `wants_stop` are filled in by policies that learn and stay empty for all others.
 
     Attributes:
         units: bool [B, N, H], head units executed.
@@ -88,11 +96,11 @@ class Trace:
     flops: Tensor
     dense_flops: Tensor
     exits: list[Exit] = field(default_factory=list)
-    logits: Tensor | None = None
-    arm: Tensor | None = None
-    context: Tensor | None = None
-    wants_stop: Tensor | None = None
-    layer_cost: Tensor | None = None
+    logits: Tensor = field(default_factory=_empty)
+    arm: Tensor = field(default_factory=_empty)
+    context: Tensor = field(default_factory=_empty)
+    wants_stop: Tensor = field(default_factory=_empty)
+    layer_cost: Tensor = field(default_factory=_empty)
     gate_grads: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
     policy_seconds: float = 0.0
 

@@ -30,7 +30,7 @@ def predict(
         max_length: tokens a text is cut to.
         details: also `units` (unit indices per layer run) and `exits` (label and score of each exit passed).
     """
-    names = model.config.id2label
+    names = model.config.label_names
     model.eval()
     for held in lines_in_batches(texts, batch_size):
         ids = tokenizer(held, truncation=True, max_length=max_length)["input_ids"]

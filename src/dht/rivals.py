@@ -1,4 +1,4 @@
-"""Rival policies matched to a budget on calibration rows: thresholds and widths are never chosen on the rows reported."""
+"""Rival policies matched to a budget on calibration rows: nothing is ever chosen on the rows that are reported."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .errors import DHTError
-from .measure import Batch, Outcome, run_policy
 from .hf.modeling import DHTForSequenceClassification
+from .measure import Batch, Outcome, run_policy
 from .policy.base import Policy
 from .policy.baselines import ConfidencePolicy, DensePolicy, PatiencePolicy, PriorPolicy, StaticPolicy
 
@@ -21,9 +21,10 @@ NAMES = ("learned", "dense", "random", "hash", "length", "confidence", "patience
 def rival(name: str, model: DHTForSequenceClassification, budget: float, calibration: Sequence[Batch]) -> Policy:
     """The policy called `name`, matched to `budget`.
 
-    `random`, `hash` and `length` draw from the plans that the learned policy executes on the calibration rows at this budget,
-    so that arm frequencies and mean FLOPs match. `confidence` and `patience` try each of the model's widths with its best
-    units, match the threshold to the budget, and keep the width that is most accurate on the calibration rows.
+    `random`, `hash` and `length` draw from the plans that the learned policy executes on the calibration rows at this
+    budget, so that arm frequencies and mean FLOPs match. `confidence` and `patience` try each of the model's widths
+    with its best units, match the threshold to the budget, and keep the width that is most accurate on the calibration
+    rows.
 
     Args:
         name: one of `NAMES`, with numbers for L and K in `static:LxK`.
@@ -43,7 +44,8 @@ def rival(name: str, model: DHTForSequenceClassification, budget: float, calibra
         match = re.fullmatch(r"static:(\d+)x(\d+)", name)
         if not match or not (1 <= int(match[1]) <= layers and 1 <= int(match[2]) <= heads):
             raise DHTError(
-                f"--policy: got {name!r}; static takes static:LxK with L in 1..{layers} and K in 1..{heads}, e.g. static:3x8"
+                f"--policy: got {name!r}; static takes static:LxK with L in 1..{layers} and K in 1..{heads},"
+                " e.g. static:3x8"
             )
         return StaticPolicy(int(match[1]), int(match[2]), model.policy.ranking())
     if name in ("random", "hash", "length"):

@@ -20,10 +20,10 @@ from .calibrate import calibrate
 from .config import TrainSettings
 from .data import TextData, load_data
 from .errors import CheckpointError, DHTError
-from .measure import autocast, report_of, run_policy, split_labels, time_policy
 from .hf.convert import FAMILIES, export
 from .hf.modeling import DHTForSequenceClassification
 from .load import build, by_length, collate, device_of, load_run, tokenise
+from .measure import autocast, report_of, run_policy, split_labels, time_policy
 from .policy.baselines import DensePolicy
 from .policy.budget import Schedule
 from .training import DHTTrainer, Ledger, finish
@@ -98,7 +98,9 @@ def _prepare(out: Path, checkpoints: Path, resume: bool, overwrite: bool) -> Pat
     if resume:
         found = complete_checkpoints(checkpoints)
         if not found:
-            raise CheckpointError(f"--resume: no complete checkpoint in {checkpoints}; leave --resume out to start anew")
+            raise CheckpointError(
+                f"--resume: no complete checkpoint in {checkpoints}; leave --resume out to start anew"
+            )
         return found[-1]
     if out.exists() and not out.is_dir():
         raise DHTError(f"--out: {out} is a file; give a folder")
@@ -134,7 +136,9 @@ class _MarkComplete(TrainerCallback):
     def on_save(self, args, state, control, **kwargs) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if folder.is_dir():
-            write_json(folder / COMPLETE, {"sizes": {p.name: p.stat().st_size for p in folder.iterdir() if p.is_file()}})
+            write_json(
+                folder / COMPLETE, {"sizes": {p.name: p.stat().st_size for p in folder.iterdir() if p.is_file()}}
+            )
 
 
 def _arguments(settings: TrainSettings, checkpoints: Path) -> TrainingArguments:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +12,11 @@ from transformers.trainer_callback import ExportableState
 
 from .hf.modeling import DHTForSequenceClassification, exit_loss
 from .plan import Trace
-from .policy.budget import Schedule, dual_ascent
+from .policy.budget import HIGHEST, LOWEST, Schedule, dual_ascent
 from .policy.reward import quality
+
+CURVE_PRICES = (-0.3, 0.0, 0.1, 0.3, 1.0)
+"""Prices at which the FLOPs fraction is measured whatever the budget; the remaining points close in on it."""
 
 BACKWARD = 2.0
 """FLOPs of a backward pass in units of its forward."""
@@ -53,9 +55,7 @@ class Ledger(TrainerCallback, ExportableState):
         self._window.append((fraction, target, loss))
         if step % every == 0:
             mean = [sum(column) / len(self._window) for column in zip(*self._window, strict=True)]
-            self.history.append(
-                {"step": step, "fraction": mean[0], "target": mean[1], "price": price, "loss": mean[2]}
-            )
+            self.history.append({"step": step, "fraction": mean[0], "target": mean[1], "price": price, "loss": mean[2]})
             self._window.clear()
 
 
@@ -81,7 +81,7 @@ class DHTTrainer(Trainer):
         *args,
         schedule: Schedule,
         feedback: Callable[[int], dict[str, Tensor]] | None = None,
-        price_rate: float = 0.2,
+        price_rate: float = 0.1,
         feedback_every: int = 8,
         distil: float = 0.0,
         ledger: Ledger | None = None,
@@ -194,18 +194,14 @@ def measure_curve(
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        low, high = math.log(1e-3), math.log(10.0)
-        # Half of the points bracket the trained budget closely; the others span the range for other budgets.
-        near = math.log(max(float(policy.price), 1e-3))
-        for spread in (-2.5, -1.2, 1.0, 2.0):
-            fraction_at(math.exp(min(max(near + spread, low), high)))
-        for _ in range(policy.CURVE - 4):
-            order = sorted(zip(prices, fractions, strict=True))
-            above = [p for p, f in order if f > budget]
-            below = [p for p, f in order if f <= budget]
-            left = math.log(max(above)) if above else low
-            right = math.log(min(p for p in below if p > math.exp(left))) if any(p > math.exp(left) for p in below) else high
-            fraction_at(math.exp((left + right) / 2))
+        for price in CURVE_PRICES:
+            fraction_at(price)
+        # The others close in on the trained budget.
+        while len(prices) < policy.CURVE:
+            above = [p for p, f in zip(prices, fractions, strict=True) if f > budget]
+            left = max(above, default=LOWEST)
+            right = min((p for p in prices if p > left), default=HIGHEST)
+            fraction_at((left + right) / 2)
     model.train(was_training)
     policy.fix_curve(torch.tensor(prices, dtype=torch.float64), torch.tensor(fractions, dtype=torch.float64))
     policy.set_budget(budget)

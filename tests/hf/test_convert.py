@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import SIZES, batch, dynamic_model, plain_model
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, GPT2Config, GPT2Model
 
+from builders import SIZES, batch, dynamic_model, plain_model
 from dht.errors import ConfigError, DHTError
 from dht.hf.configuration import DHTConfig
 from dht.hf.convert import convert, deal_neurons, export, load_source
@@ -32,7 +32,9 @@ def test_a_full_plan_equals_transformers_in_outputs_and_gradients(family, ffn):
     torch.testing.assert_close(words, plain.get_input_embeddings().weight.grad, atol=1e-5, rtol=1e-4)
     names = ("layer.1.attention.self.query.weight", "layer.1.attention.attn.q.weight")
     (query,) = (p.grad for name, p in plain.named_parameters() if name.endswith(names))
-    torch.testing.assert_close(dynamic.encoder.blocks[1].qkv_weight.grad[:, 0].flatten(0, 1), query, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        dynamic.encoder.blocks[1].qkv_weight.grad[:, 0].flatten(0, 1), query, atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("family", ["bert", "mpnet"])
@@ -85,7 +87,9 @@ def test_the_policy_travels_bit_exactly(search, dtype, tmp_path):
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=dtype)
     assert isinstance(loaded, DHTForSequenceClassification)
     assert loaded.encoder.embeddings.words.weight.dtype == dtype
-    for (name, ours), theirs in zip(model.policy.state_dict().items(), loaded.policy.state_dict().values(), strict=True):
+    for (name, ours), theirs in zip(
+        model.policy.state_dict().items(), loaded.policy.state_dict().values(), strict=True
+    ):
         assert ours.dtype == theirs.dtype, name
         assert torch.equal(ours, theirs), name
     if dtype == torch.float32:

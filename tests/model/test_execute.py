@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import LENGTHS, batch, dynamic_model, random_plan
 
+from builders import LENGTHS, batch, dynamic_model, random_plan
 from dht.hf.modeling import exit_loss
 from dht.model.execute import execute
 from dht.model.reference import reference
@@ -138,6 +138,23 @@ def test_weight_slices_follow_the_weights():
         slow = reference(model.encoder, Plan(policy.sets.expand(7, -1, -1)), **inputs)[-1]
     assert not torch.allclose(before, after, atol=1e-4)
     torch.testing.assert_close(after, slow, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_weight_slices_follow_the_optimizer(fused):
+    """A fused step does not raise the weights' version counters; stale slices once fed the policy for a whole training."""
+    model = dynamic_model()
+    labels, inputs = inputs_of(model)
+    policy = StaticPolicy(3, 2, model.policy.ranking())
+    plan = Plan(policy.sets.expand(7, -1, -1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=fused)
+    for _ in range(2):
+        with torch.no_grad():
+            fast = execute(model.encoder, policy, **inputs).logits
+            torch.testing.assert_close(fast, reference(model.encoder, plan, **inputs)[-1], atol=1e-5, rtol=1e-5)
+        model(**inputs, labels=labels, policy=policy).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def test_nothing_of_a_step_is_kept_alive():

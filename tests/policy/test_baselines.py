@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import batch, dynamic_model
 
+from builders import batch, dynamic_model
 from dht.errors import DHTError
 from dht.measure import run_policy
 from dht.policy.baselines import ConfidencePolicy, PatiencePolicy, PriorPolicy

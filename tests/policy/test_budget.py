@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ def test_schedule_starts_high_falls_and_holds():
     values = [schedule.at(i / 100) for i in range(101)]
     assert values[0] == 0.6
     assert values[20] == pytest.approx(0.43), "half-way down at half the settling time"
-    assert all(a >= b for a, b in zip(values, values[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(values))
     assert set(values[40:]) == {0.26}
 
 

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from builders import batch, dynamic_model
 
+from builders import batch, dynamic_model
 from dht.policy.reward import quality
 
 SEARCHES = ("tree", "integrated")
@@ -117,7 +117,7 @@ def test_gate_gradients_pay_the_units_that_ran():
     output, _ = run(model, "explore", tap_gates=True)
     output.loss.backward()
     model.policy.observe_units(output.trace)
-    pulled = (model.policy.units.pulls - before * model.policy.units.forgetting ** 21).view(3, 5)
+    pulled = (model.policy.units.pulls - before * model.policy.units.forgetting**21).view(3, 5)
     ran = output.trace.units.sum(0) > 0
     assert torch.equal(pulled > 0.1, ran)
 
@@ -160,7 +160,22 @@ def test_non_finite_gate_gradients_are_left_out():
     model = taught()
     output, _ = run(model, "explore", tap_gates=True)
     output.loss.backward()
-    rows, units, grads = output.trace.gate_grads[0][0]
+    _, _, grads = output.trace.gate_grads[0][0]
     grads[0] = float("nan")
     model.policy.observe_units(output.trace)
     assert bool(model.policy.units.moment.isfinite().all())
+
+
+def test_folded_greedy_weights_equal_the_index():
+    model = taught(rounds=4)
+    policy = model.policy
+    context = torch.randn(9, policy.num_features, dtype=torch.float64)
+    context[:, 0] = 1.0
+    for price in (0.0, 0.3):
+        policy.price.fill_(price)
+        for layer in range(3):
+            plain = policy._index(layer, context, 0.0)[:, (1 if layer == 0 else 0) :]
+            torch.testing.assert_close(context @ policy._greedy_weights(layer), plain)
+    policy.numbers.update(torch.ones(1, 14, dtype=torch.float64), torch.ones(1, 6), torch.ones(1, 6, 2))
+    plain = policy._index(1, context, 0.0)
+    torch.testing.assert_close(context @ policy._greedy_weights(1), plain, msg="kept weights follow the posterior")

@@ -40,7 +40,7 @@ def test_returns_of_a_row_that_ran_as_it_wished():
 
 
 def test_returns_stop_where_the_policy_would_have_left():
-    """Made to run 3 layers; it would have left after 1 and after 2: running on from there is still worth what it saw."""
+    """Made to run 3 layers; it would have left after 1 and after 2: running on is still worth what it saw."""
     trace = trace_of([3], [[0.1, 0.2, 0.3]], [[False, True, True]])
     final, cost = returns(trace, torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64))
     assert final.tolist() == [[0.0, 1.0, 0.0]]

@@ -44,7 +44,8 @@ def ucb_index(
         if price.numel() != 1 and price.shape != (rows,):
             raise ValueError(f"price must have one element or shape [B] = [{rows}], got {list(price.shape)}")
         price = price.detach().to(cost).reshape(-1, 1)
-    return quality + alpha * posterior.width(context, arms) - price * cost
+    index = quality - price * cost
+    return index + alpha * posterior.width(context, arms) if alpha else index
 
 
 def choose(index: Tensor, allowed: Tensor | None = None) -> Tensor:

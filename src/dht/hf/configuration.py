@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -30,6 +32,8 @@ class DHTConfig(PreTrainedConfig):
         forgetting: gamma in (0, 1], discount per observed decision.
         alpha: UCB optimism while training; inference is greedy.
         sigma: standard deviation of Thompson draws while training; inference uses posterior means.
+        unit_weight: weight of a training row's gate gradients beside those of a calibration row (1). Low: a unit is worth
+            what the weights around it have learned to make of it, and sets that move keep the weights from learning.
         exploration: share of training rows that run all layers with a random number of units.
         head_sets: G, distinct head sets per layer and width that a batch may use.
         reward: "correct" or "probability", the quality of an exit.
@@ -67,6 +71,7 @@ class DHTConfig(PreTrainedConfig):
     forgetting: float = 0.9998
     alpha: float = 0.05
     sigma: float = 0.3
+    unit_weight: float = 0.05
     exploration: float = 0.05
     head_sets: int = 1
     reward: str = "correct"
@@ -74,11 +79,16 @@ class DHTConfig(PreTrainedConfig):
     policy_seed: int = 0
     format_version: int = FORMAT_VERSION
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.widths is None:
             heads = self.num_attention_heads
             self.widths = sorted({max(1, round(heads * quarter / 4)) for quarter in (1, 2, 3, 4)})
         super().__post_init__(**kwargs)
+
+    @property
+    def label_names(self) -> dict[int, str]:
+        """Class index -> its name; `id2label` with the integer keys that `transformers` always gives it."""
+        return cast("dict[int, str]", self.id2label)
 
     def check(self) -> None:
         """Raises `ConfigError` with every problem of this configuration."""
@@ -100,8 +110,8 @@ class DHTConfig(PreTrainedConfig):
             for name in ("hidden_size", "intermediate_size"):
                 size = getattr(self, name)
                 need(size % heads == 0, f"{name}: {size} is not a multiple of num_attention_heads = {heads}")
-            fits = bool(self.widths) and self.widths == sorted(set(self.widths))
-            fits = fits and self.widths[0] >= 1 and self.widths[-1] <= heads
+            widths = self.widths or []
+            fits = bool(widths) and widths == sorted(set(widths)) and widths[0] >= 1 and widths[-1] <= heads
             need(fits, f"widths: got {self.widths}, must be ascending numbers in 1..{heads}")
         for name, allowed in {
             "norm": ("post", "pre"),
@@ -121,7 +131,7 @@ class DHTConfig(PreTrainedConfig):
             need(low < got <= high, f"{name}: got {got}, must be in ({low:g}, {high:g}]")
         need(0.0 <= self.exploration <= 1.0, f"exploration: got {self.exploration}, must be in [0, 1]")
         need(self.ridge > 0, f"ridge: got {self.ridge}, must be above 0")
-        for name in ("alpha", "sigma", "context_projection"):
+        for name in ("alpha", "sigma", "unit_weight", "context_projection"):
             need(getattr(self, name) >= 0, f"{name}: got {getattr(self, name)}, must be at least 0")
         need(self.head_sets >= 1, f"head_sets: got {self.head_sets}, must be at least 1")
         if problems:

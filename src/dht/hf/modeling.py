@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.generic import ModelOutput
+from transformers.utils.hub import cached_file
 
 from ..model.block import Block
 from ..model.encoder import Encoder
@@ -42,10 +45,11 @@ class DHTOutput(ModelOutput):
 class DHTForSequenceClassification(PreTrainedModel):
     """A classifier that decides for every row how many layers and which head units to run.
 
-    `policy` makes the decisions and is saved with the weights; assign `active_policy` (or pass `policy=` to `forward`) to run
-    another one, such as a baseline, through the same executor.
+    `policy` makes the decisions and is saved with the weights; assign `active_policy` (or pass `policy=` to `forward`)
+    to run another one, such as a baseline, through the same executor.
     """
 
+    config: DHTConfig
     config_class = DHTConfig
     base_model_prefix = "encoder"
     main_input_name = "input_ids"
@@ -67,14 +71,18 @@ class DHTForSequenceClassification(PreTrainedModel):
         if isinstance(module, Block):
             for name, parameter in module.named_parameters(recurse=False):
                 if not getattr(parameter, "_is_hf_initialized", False):
-                    parameter.zero_() if name.endswith("bias") else parameter.normal_(0.0, self.config.initializer_range)
+                    parameter.zero_() if name.endswith("bias") else parameter.normal_(
+                        0.0, self.config.initializer_range
+                    )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """The saved model; its policy in float64 to the last bit, whatever `dtype` the weights are loaded in."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        where = {k: kwargs[k] for k in ("cache_dir", "revision", "token", "local_files_only", "subfolder") if k in kwargs}
+        where: dict[str, Any] = {
+            k: kwargs[k] for k in ("cache_dir", "revision", "token", "local_files_only", "subfolder") if k in kwargs
+        }
         state = _policy_state(pretrained_model_name_or_path, where)
         if state:
             model.policy.load_state_dict({k: v.to(model.device) for k, v in state.items()}, assign=True)
@@ -86,7 +94,7 @@ class DHTForSequenceClassification(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.encoder.embeddings.words = value
 
-    def __setattr__(self, name, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         # A borrowed policy is not part of the model: it must not be saved with it.
         if name == "active_policy":
             object.__setattr__(self, name, value)
@@ -105,7 +113,7 @@ class DHTForSequenceClassification(PreTrainedModel):
         tap_gates: bool = False,
         return_dict: bool | None = None,
         **_: object,
-    ) -> DHTOutput | tuple:
+    ) -> DHTOutput | tuple[Any, ...]:
         """Runs the batch under the policy.
 
         Args:
@@ -134,16 +142,17 @@ class DHTForSequenceClassification(PreTrainedModel):
         return output if return_dict is not False else output.to_tuple()
 
 
-def _policy_state(path, where: dict) -> dict[str, Tensor]:
+def _policy_state(path: str | Path, where: dict[str, Any]) -> dict[str, Tensor]:
     """The policy's tensors as they stand in the checkpoint's safetensors file or shards."""
     index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **where)
     names = [SAFE_WEIGHTS_NAME]
     if index:
         names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-    state = {}
+    state: dict[str, Tensor] = {}
     for name in names:
         with safe_open(cached_file(path, name, **where), "pt") as file:
-            state |= {k.removeprefix("policy."): file.get_tensor(k) for k in file.keys() if k.startswith("policy.")}
+            keys = [key for key in list(file.keys()) if key.startswith("policy.")]
+            state |= {key.removeprefix("policy."): file.get_tensor(key) for key in keys}
     return state
 
 

@@ -12,9 +12,21 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.activations import ACT2FN
 
 from .packed import Packed
+
+_STEPS = [0]
+"""Optimizer steps taken in this process. Fused optimizers change weights without raising their version counter, so kept
+slices have to be thrown away by this one too."""
+
+
+def _count_step(*_: object) -> None:
+    _STEPS[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 GateTap = Callable[[str, Tensor], None]
 """Called in backward with "attention" or "ffn" and activation * gradient, [S, k, size]: summed over a row's tokens and
@@ -87,7 +99,9 @@ class Block(nn.Module):
         hidden = rows.hidden
         qkv_weight, qkv_bias, out_weight, up_weight, up_bias, down_weight = self._sliced(units)
         source = self.attention_norm(hidden) if self.pre_norm else hidden
-        mixed = self._attend(rows, source, qkv_weight, qkv_bias, bias if units is None or bias is None else bias[:, units])
+        mixed = self._attend(
+            rows, source, qkv_weight, qkv_bias, bias if units is None or bias is None else bias[:, units]
+        )
         self._listen(tap, "attention", mixed, qkv_weight.shape[0])
         hidden = hidden + self._drop(torch.addmm(self.out_bias, mixed, out_weight.flatten(0, 1)))
         if not self.pre_norm:
@@ -132,7 +146,7 @@ class Block(nn.Module):
             sliced = tuple(weight.index_select(0, units) for weight in chosen)
         else:
             key = tuple(units.tolist())
-            version = tuple(x for w in chosen for x in (w.data_ptr(), w._version))
+            version = (_STEPS[0], *(x for w in chosen for x in (w.data_ptr(), w._version)))
             known = self._slices.get(key)
             if known is None or known[0] != version:
                 if len(self._slices) >= 64:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,27 @@ from torch import Tensor, nn
 from ..cost import CostModel
 from .block import Block
 from .packed import Packed
+
+if TYPE_CHECKING:
+    from ..hf.configuration import DHTConfig
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Stack(nn.ModuleList, Generic[M]):
+    """A `ModuleList` of modules of one class, which type checkers then know; at run time it adds nothing."""
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[M]: ...
+
+        @overload
+        def __getitem__(self, idx: slice) -> Stack[M]: ...
+
+        @overload
+        def __getitem__(self, idx: int) -> M: ...
+
+        def __getitem__(self, idx: int | slice) -> M | Stack[M]: ...
 
 
 class Embeddings(nn.Module):
@@ -34,7 +57,7 @@ class Embeddings(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.words = nn.Embedding(vocab, width)
+        self.words: nn.Module = nn.Embedding(vocab, width)  # replaced by `set_input_embeddings`
         self.positions = nn.Embedding(positions, width)
         self.types = nn.Embedding(types, width) if types else None
         self.norm = nn.LayerNorm(width, eps=eps) if norm else nn.Identity()
@@ -76,7 +99,8 @@ class RelativePositionBias(nn.Module):
         ).to(torch.long)
         bucket = torch.where(distance < exact, distance, log_scaled.clamp_max(half - 1))
         bucket = bucket + (relative > 0) * half
-        return self.values(bucket).permute(2, 0, 1).unsqueeze(0)
+        values: Tensor = self.values(bucket)
+        return values.permute(2, 0, 1).unsqueeze(0)
 
 
 class ExitHead(nn.Module):
@@ -90,17 +114,18 @@ class ExitHead(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Logits [R, C] of `pooled` [R, D]."""
-        return self.classifier(self.dropout(torch.tanh(self.dense(pooled))))
+        logits: Tensor = self.classifier(self.dropout(torch.tanh(self.dense(pooled))))
+        return logits
 
 
 class Encoder(nn.Module):
     """Embeddings, N blocks and N exit heads; what runs for which row is up to `execute` and `reference`.
 
     Args:
-        config: a `DHTConfig` (or anything with its fields).
+        config: the sizes.
     """
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: DHTConfig) -> None:
         super().__init__()
         width, heads, eps = config.hidden_size, config.num_attention_heads, config.layer_norm_eps
         pre_norm = config.norm == "pre"
@@ -115,7 +140,7 @@ class Encoder(nn.Module):
             eps=eps,
             dropout=config.hidden_dropout_prob,
         )
-        self.blocks = nn.ModuleList(
+        self.blocks: Stack[Block] = Stack(
             Block(
                 width,
                 heads,
@@ -132,8 +157,8 @@ class Encoder(nn.Module):
         self.final_norm = nn.LayerNorm(width, eps=eps) if pre_norm else nn.Identity()
         buckets = config.relative_attention_num_buckets
         self.position_bias = RelativePositionBias(buckets, heads) if buckets else None
-        classes = config.num_labels
-        self.exits = nn.ModuleList(
+        classes = len(config.label_names)
+        self.exits: Stack[ExitHead] = Stack(
             ExitHead(width, classes, dropout=config.hidden_dropout_prob) for _ in range(config.num_hidden_layers)
         )
         self.cost = CostModel(
@@ -146,4 +171,5 @@ class Encoder(nn.Module):
 
     def exit(self, layer: int, pooled: Tensor) -> Tensor:
         """Logits [R, C] of the exit after `layer` in 1..N."""
-        return self.exits[layer - 1](self.final_norm(pooled))
+        logits: Tensor = self.exits[layer - 1](self.final_norm(pooled))
+        return logits

@@ -1,7 +1,8 @@
 """The fast executor: runs, layer by layer, only the rows and head units that the policy picks.
 
-Rows that stop are dropped from the packed batch. The others are ordered by head set, so that every set is one contiguous
-group that runs as a dense block on sliced weights. `reference.py` is the plain version that the tests hold this against.
+Rows that stop are dropped from the packed batch. The others are ordered by head set, so that every set is one
+contiguous group that runs as a dense block on sliced weights. `reference.py` is the plain version that the tests hold
+this against.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def execute(
         attention_mask = torch.ones_like(input_ids)
     empty = ~attention_mask.any(-1)
     if bool(empty.any()):
-        raise ValueError(f"row {int(empty.nonzero()[0])} of the batch has no real token: its attention_mask is all zero")
+        raise ValueError(
+            f"row {int(empty.nonzero()[0])} of the batch has no real token: its attention_mask is all zero"
+        )
     batch, num_layers, heads, device = input_ids.shape[0], len(encoder.blocks), encoder.cost.heads, input_ids.device
     cost, learns = encoder.cost, policy.num_features > 0
     packed = encoder.embeddings(input_ids, attention_mask, token_type_ids)
@@ -85,6 +88,8 @@ def execute(
         view = View(layer, packed, pooled, logits, previous, input_ids, attention_mask, trace, mode)
         decision = policy.decide(view)
         if learns and decision.context is not None:
+            assert decision.arm is not None
+            assert decision.wants_stop is not None
             trace.context[packed.rows, layer] = decision.context
             trace.arm[packed.rows, layer] = decision.arm
             trace.wants_stop[packed.rows, layer] = decision.wants_stop

@@ -51,7 +51,7 @@ class Packed:
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """bool [R, 1, 1, T], True at real tokens; None when no row is padded."""
+        """Bool [R, 1, 1, T], True at real tokens; None when no row is padded."""
         if self.equal:
             return None
         places = torch.arange(self.max_length, device=self.lengths.device)

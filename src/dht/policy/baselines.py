@@ -73,7 +73,7 @@ class DepthPolicy(Policy):
         self.sets = sets
 
     def stops(self, view: View) -> Tensor:
-        """bool [R], which rows leave before the next layer."""
+        """Bool [R], which rows leave before the next layer."""
         raise NotImplementedError
 
     def decide(self, view: View) -> Decision:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -31,28 +30,33 @@ class Schedule:
         return self.budget + max(self.start - self.budget, 0.0) * blend
 
 
-def dual_ascent(price: float, fraction: float, target: float, rate: float, floor: float = 1e-3, cap: float = 20.0) -> float:
-    """The next price: multiplied up when `fraction` is above `target`, down when below.
+LOWEST, HIGHEST = -1.0, 10.0
+"""Bounds of the price, in units of quality per dense forward."""
 
-    The step is taken on log(price): useful prices span three orders of magnitude between a loose and a tight budget, and
-    an additive step that suits one end is frozen or wild at the other.
+
+def dual_ascent(price: float, fraction: float, target: float, rate: float) -> float:
+    """The next price: up by `rate` * (fraction - target).
+
+    The price may turn negative. A budget is then a subsidy that has to be spent: early in training all exits are about
+    equally good, a policy that may underspend leaves at once, the deep layers never learn, and leaving at once becomes
+    right. Within `LOWEST`..`HIGHEST`.
     """
-    step = rate * max(-1.0, min(1.0, fraction / target - 1.0))
-    return min(max(price * math.exp(step), floor), cap)
+    return min(max(price + rate * (fraction - target), LOWEST), HIGHEST)
 
 
 def price_for(budget: float, prices: Tensor, fractions: Tensor) -> float:
-    """The price whose measured fraction is `budget`, by interpolating log price over a measured curve.
+    """The price whose measured fraction is `budget`, linear between measured points.
 
     Args:
-        prices, fractions: float64 [P], measured pairs in any order; noise is ironed out by a running minimum.
+        prices, fractions: float64 [P], measured pairs in any order; noise is ironed out by a running minimum. A budget
+            beyond the curve gets the price at its end.
     """
     order = prices.argsort()
-    log_price, fraction = prices[order].log(), fractions[order].cummin(0).values
-    for i in range(1, len(fraction)):
-        if fraction[i] <= budget:
-            if fraction[i - 1] <= budget:
-                return float(log_price[i - 1].exp())
-            share = (fraction[i - 1] - budget) / (fraction[i - 1] - fraction[i])
-            return float((log_price[i - 1] + share * (log_price[i] - log_price[i - 1])).exp())
-    return float(torch.exp(log_price[-1]))
+    price, fraction = prices[order].tolist(), fractions[order].cummin(0).values.tolist()
+    for i, here in enumerate(fraction):
+        if here <= budget:
+            if i == 0 or fraction[i - 1] == here:
+                return price[i]
+            share = (fraction[i - 1] - budget) / (fraction[i - 1] - here)
+            return price[i - 1] + share * (price[i] - price[i - 1])
+    return price[-1]

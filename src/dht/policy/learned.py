@@ -26,7 +26,7 @@ class LearnedPolicy(Policy):
         num_arms: numeric arms in all.
     """
 
-    CURVE = 8  # points of the measured price curve
+    CURVE = 10  # points of the measured price curve
     WIDTH_FEATURES = 3  # x, x^2 and x * confidence of an arm that runs x = k / H of the units
 
     def __init__(self, config, num_arms: int) -> None:
@@ -38,12 +38,15 @@ class LearnedPolicy(Policy):
         self.exploration, self.max_sets, self.seed = config.exploration, config.head_sets, config.policy_seed
         features = self.num_features + self.WIDTH_FEATURES
         self.numbers = LinearPosterior(num_arms, features, 2, config.ridge, config.forgetting)
-        self.units = LinearPosterior(self.layers * self.heads, self.num_features, 1, config.ridge, config.forgetting)
+        self.units = LinearPosterior(self.layers * self.heads, self.num_features, 1, config.ridge)
+        self.unit_weight = config.unit_weight
         generator = torch.Generator().manual_seed(self.seed)
         sets = torch.zeros(self.layers, len(self.widths), self.max_sets, self.heads, dtype=torch.bool)
         for i, width in enumerate(self.widths):
             sets[:, i, :, :width] = True
-        self.register_buffer("projection", torch.randn(config.context_projection, config.hidden_size, generator=generator))
+        self.register_buffer(
+            "projection", torch.randn(config.context_projection, config.hidden_size, generator=generator)
+        )
         self.register_buffer("price", torch.tensor(0.02, dtype=torch.float64))
         self.register_buffer("step", torch.tensor(0, dtype=torch.long))
         self.register_buffer("curve_price", torch.full((self.CURVE,), 0.02, dtype=torch.float64))
@@ -84,7 +87,7 @@ class LearnedPolicy(Policy):
         Exploring: a joint posterior draw, then at most `max_sets` sets per width with the best sampled scores.
         Exploiting: the kept sets and posterior means, so that a row's sets do not depend on the rest of its batch.
         """
-        arms = slice(view.layer * self.heads, (view.layer + 1) * self.heads)
+        arms = self._units_of(view.layer)
         device = width.device
         if view.mode == "survey":
             return torch.ones(1, self.heads, dtype=torch.bool, device=device), width.clamp_max(0)
@@ -132,13 +135,19 @@ class LearnedPolicy(Policy):
         numbers = (1 + len(self.widths)) * (self.num_features + self.WIDTH_FEATURES) * 2
         return 2.0 * (numbers + self.num_features * self.heads + self.projection.numel())
 
+    def _units_of(self, layer: int) -> slice:
+        """The arms of `units` that are this layer's head units."""
+        return slice(layer * self.heads, (layer + 1) * self.heads)
+
     # Learning
 
     def observe_units(self, trace: Trace) -> None:
-        """Semi-bandit update from gate gradients: each executed unit is paid |d loss / d gate|, scaled to mean 1 a layer.
+        """Semi-bandit update from gate gradients: each executed unit is paid |d loss / d gate|, scaled per layer.
 
         The gradient is the first-order change of the row's loss if the unit were removed (Michel et al. 2019,
-        arXiv 1905.10650); the scale makes layers and stages of training comparable.
+        arXiv 1905.10650). Its size falls as training goes on, and the units that ran are the good ones, so the scale is such
+        that they are paid on average what was expected of them: only their order and spread are news. Scaling them to a
+        mean of 1 instead would wear down the best units until untried ones look better, and the sets would never settle.
         """
         if not trace.gate_grads:
             return
@@ -149,14 +158,19 @@ class LearnedPolicy(Policy):
                 value[index[:, None], layer, units[None, :]] += grads.double()
         value = value.abs()
         ran = trace.units
-        scale = value.sum((0, 2)) / ran.sum((0, 2)).clamp_min(1)
+        expected = torch.ones_like(value)
+        if int(self.units.clock):
+            for layer in range(layers):
+                expected[:, layer] = mean_scores(self.units, trace.context[:, layer], self._units_of(layer))
+        total, hoped = value.sum((0, 2)), (expected * ran).sum((0, 2))
+        scale = torch.where(hoped > 0, total / hoped, total / ran.sum((0, 2)).clamp_min(1))
         value = value / scale.clamp_min(1e-30)[None, :, None]
         good = (value.isfinite().all(-1) & ran.any(-1) & (scale > 0)).nonzero()
         row, layer = good[:, 0], good[:, 1]
         weight = torch.zeros(len(good), layers, heads, dtype=torch.float64, device=value.device)
         target = torch.zeros_like(weight)
         pair = torch.arange(len(good), device=value.device)
-        weight[pair, layer] = ran[row, layer].double()
+        weight[pair, layer] = self.unit_weight * ran[row, layer].double()
         target[pair, layer] = value[row, layer]
         self.units.update(trace.context[row, layer], weight.flatten(1), target.flatten(1))
 
@@ -174,7 +188,7 @@ class LearnedPolicy(Policy):
             contexts: float64 [B, N, F], contexts of probed rows.
         """
         for layer in range(self.layers):
-            scores = mean_scores(self.units, contexts[:, layer], slice(layer * self.heads, (layer + 1) * self.heads))
+            scores = mean_scores(self.units, contexts[:, layer], self._units_of(layer))
             for i, width in enumerate(self.widths):
                 found = codebook(scores, width, self.max_sets)
                 self.head_sets[layer, i] = found[0]
@@ -191,13 +205,13 @@ class LearnedPolicy(Policy):
 
     def mean_context(self, layer: int) -> Tensor:
         """float64 [F], mean context seen at `layer` (feature 0 is the constant 1, so the Gram matrix holds it)."""
-        gram = self.units.gram[layer * self.heads : (layer + 1) * self.heads].sum(0)
+        gram = self.units.gram[self._units_of(layer)].sum(0)
         return gram[0] / gram[0, 0].clamp_min(1e-12)
 
     def ranking(self) -> Tensor:
         """int64 [N, H], head units of each layer, most useful first, at the mean context."""
         scores = [
-            mean_scores(self.units, self.mean_context(layer)[None], slice(layer * self.heads, (layer + 1) * self.heads))
+            mean_scores(self.units, self.mean_context(layer)[None], self._units_of(layer))
             for layer in range(self.layers)
         ]
         return torch.cat(scores).argsort(dim=-1, descending=True, stable=True)

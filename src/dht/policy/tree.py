@@ -25,15 +25,17 @@ class TreePolicy(LearnedPolicy):
 
     def __init__(self, config) -> None:
         super().__init__(config, 2 * config.num_hidden_layers)
+        self._kept_for: tuple[float, ...] = ()
+        self._kept: dict[int, Tensor] = {}
 
     def decide(self, view: View) -> Decision:
         context = self._features(view)
-        exploring = view.mode != "exploit"
-        greedy = self._index(view.layer, context, 0.0)
-        arm = choose(greedy)
+        arm = (context @ self._greedy_weights(view.layer)).argmax(-1)
+        if view.layer == 0:
+            arm = arm + 1
         wants_stop = arm == 0
-        if exploring:
-            index = self._index(view.layer, context, self.alpha) if self.alpha else greedy
+        if view.mode != "exploit":
+            index = self._index(view.layer, context, self.alpha)
             onward = choose(index[:, 1:]) + 1
             if view.mode == "explore":
                 forced = self._row_draws(view, 1) < self.exploration
@@ -45,6 +47,29 @@ class TreePolicy(LearnedPolicy):
                 arm = torch.full_like(arm, len(self.widths))
         sets, choice = self._pick_sets(view, context, arm - 1)
         return Decision(sets, choice, arm, context, wants_stop)
+
+    def _greedy_weights(self, layer: int) -> Tensor:
+        """float64 [F, 1 + K] (before layer 1: [F, K], no stopping): context times this is the index without optimism.
+
+        The features of a width are the constant, or the confidence, times a number: they fold into the weights of those
+        two. Kept until the posterior or the price changes.
+        """
+        numbers = self.numbers
+        now = (numbers.moment.data_ptr(), numbers.moment._version, numbers.gram._version, float(self.price))
+        if self._kept_for != now:
+            self._kept_for, self._kept = now, {}
+        if layer not in self._kept:
+            theta = numbers.mean(slice(2 * layer, 2 * layer + 2))
+            stop, run = (theta[..., 0] - self.price * theta[..., 1]).unbind(0)
+            share = torch.tensor(self.widths, dtype=torch.float64, device=run.device) / self.heads
+            weights = run[: self.num_features, None].repeat(1, len(self.widths))
+            linear, square, sure = run[self.num_features :]
+            weights[0] += linear * share + square * share.square()
+            weights[2] += sure * share
+            if layer:
+                weights = torch.cat([stop[: self.num_features, None], weights], 1)
+            self._kept[layer] = weights
+        return self._kept[layer]
 
     def _index(self, layer: int, context: Tensor, alpha: float) -> Tensor:
         """UCB index of every arm, float64 [R, 1 + K]; stopping before layer 1 is out of the question."""
