@@ -47,8 +47,8 @@ class TrainSettings:
     device: str = "auto"
     dtype: str = "float32"
     accumulate: int = 1
-    warm_start: float = 0.6
-    settle: float = 0.4
+    warm_start: float = 0.5
+    settle: float = 0.3
     save_every: int = 0
     text_column: str = "text"
     label_column: str = "label"

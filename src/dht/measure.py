@@ -109,7 +109,7 @@ def time_policy(
     *,
     dtype: torch.dtype = torch.float32,
     repeats: int = 3,
-    most: int = 64,
+    most: int = 24,
 ) -> Timing:
     """Seconds of the policy, of our dense path and of the same model in `transformers`, taken in turn, batch by batch.
 

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .hf.modeling import DHTForSequenceClassification, exit_loss
-from .plan import Trace
+from .plan import Mode, Trace
 from .policy.budget import HIGHEST, LOWEST, Schedule, dual_ascent
 from .policy.reward import quality
 
@@ -72,7 +72,6 @@ class DHTTrainer(Trainer):
         schedule: budget over training.
         price_rate: step size of the dual ascent.
         feedback_every: training steps between feedback batches.
-        distil: weight of learning from the deepest exit passed, in [0, 1].
         ledger: continues an earlier count (calibration).
     """
 
@@ -82,14 +81,13 @@ class DHTTrainer(Trainer):
         schedule: Schedule,
         feedback: Callable[[int], dict[str, Tensor]] | None = None,
         price_rate: float = 0.1,
-        feedback_every: int = 8,
-        distil: float = 0.0,
+        feedback_every: int = 12,
         ledger: Ledger | None = None,
         **kwargs,
     ) -> None:
         super().__init__(*args, callbacks=[*kwargs.pop("callbacks", []), ledger or Ledger()], **kwargs)
         self.schedule, self.feedback = schedule, feedback
-        self.price_rate, self.feedback_every, self.distil = price_rate, feedback_every, distil
+        self.price_rate, self.feedback_every = price_rate, feedback_every
         self.model_accepts_loss_kwargs = False
         self._trace: Trace | None = None
 
@@ -107,14 +105,20 @@ class DHTTrainer(Trainer):
         """Loss over the exits passed; while training, the trace is kept for the policy."""
         labels = inputs.pop("labels")
         training = model.training
-        output = model(**inputs, every_exit=training, mode="explore" if training else "exploit", tap_gates=training)
-        loss = exit_loss(output.trace, labels, self.distil if training else 0.0)
+        output = model(**inputs, every_exit=training, mode=self._mode() if training else "exploit", tap_gates=training)
+        loss = exit_loss(output.trace, labels)
         if training:
             self._trace, self._labels = output.trace, labels
         return (loss, output) if return_outputs else loss
 
+    def _mode(self) -> Mode:
+        """Explore; every 1 / `exploration` steps survey, so that no layer starves and every unit is paid."""
+        share = self.dynamic.config.exploration
+        return "survey" if share and self.state.global_step % round(1 / share) == 0 else "explore"
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """One forward and backward, then what the policy learns from it."""
+        mode = self._mode()
         loss = super().training_step(model, inputs, num_items_in_batch)
         trace, policy = self._trace, self.dynamic.policy
         assert trace is not None
@@ -127,8 +131,10 @@ class DHTTrainer(Trainer):
                 policy.observe(trace, quality(trace, self._labels, self.dynamic.config.reward))
             if self.feedback is not None and step % self.feedback_every == 0:
                 self.probe(self.feedback(step // self.feedback_every))
-            price = dual_ascent(float(policy.price), trace.flops_fraction, target, self.price_rate)
-            policy.price.fill_(price)
+            price = float(policy.price)
+            if mode == "explore":  # a survey is not what the price asked for
+                price = dual_ascent(price, trace.flops_fraction, target, self.price_rate)
+                policy.price.fill_(price)
             policy.finish_step()
         self.ledger.note(step, trace.flops_fraction, target, price, float(loss))
         self._trace = None
@@ -163,7 +169,7 @@ def finish(trainer: DHTTrainer, batches: list[dict[str, Tensor]], budget: float,
                 policy.finish_step()
         policy.fix_head_sets(torch.cat(contexts))
     with trainer.compute_loss_context_manager():
-        measure_curve(trainer.dynamic, batches[::2], budget, trainer.ledger)
+        measure_curve(trainer.dynamic, batches, budget, trainer.ledger)
 
 
 def measure_curve(
@@ -178,10 +184,10 @@ def measure_curve(
     policy = model.policy
     prices, fractions = [], []
 
-    def fraction_at(price: float) -> float:
+    def fraction_at(price: float, every: int = 1) -> float:
         policy.price.fill_(price)
         executed = dense = 0.0
-        for batch in batches:
+        for batch in batches[::every]:
             trace = model(**{k: v for k, v in batch.items() if k != "labels"}).trace
             executed += float(trace.flops.sum())
             dense += float(trace.dense_flops.sum())
@@ -195,7 +201,7 @@ def measure_curve(
     model.eval()
     with torch.no_grad():
         for price in CURVE_PRICES:
-            fraction_at(price)
+            fraction_at(price, every=3)
         # The others close in on the trained budget.
         while len(prices) < policy.CURVE:
             above = [p for p, f in zip(prices, fractions, strict=True) if f > budget]

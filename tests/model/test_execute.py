@@ -142,7 +142,7 @@ def test_weight_slices_follow_the_weights():
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_weight_slices_follow_the_optimizer(fused):
-    """A fused step does not raise the weights' version counters; stale slices once fed the policy for a whole training."""
+    """A fused step does not raise the weights' version counters; stale slices once fed a whole training."""
     model = dynamic_model()
     labels, inputs = inputs_of(model)
     policy = StaticPolicy(3, 2, model.policy.ranking())

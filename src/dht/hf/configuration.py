@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 from huggingface_hub.dataclasses import strict
@@ -26,15 +27,17 @@ class DHTConfig(PreTrainedConfig):
         source: the family that the weights came from ("bert", "mpnet", or "dht").
         search: "tree" or "integrated".
         ffn: "coupled" (a head unit carries 1/H of the FFN) or "dense" (attention heads alone).
-        widths: ascending numbers of head units to choose among; None = quarters of H.
-        context_projection: random directions of the hidden state added to the context.
+        widths: ascending numbers of head units to choose among; None = from the budget B: K = H sqrt(B), which leaves
+            the same share of the depth, two thirds of K, and H.
+        context_projection: random directions of the mean embedding that the first decision sees.
         ridge: lambda, the prior precision of every arm.
         forgetting: gamma in (0, 1], discount per observed decision.
         alpha: UCB optimism while training; inference is greedy.
         sigma: standard deviation of Thompson draws while training; inference uses posterior means.
-        unit_weight: weight of a training row's gate gradients beside those of a calibration row (1). Low: a unit is worth
-            what the weights around it have learned to make of it, and sets that move keep the weights from learning.
-        exploration: share of training rows that run all layers with a random number of units.
+        unit_weight: weight of a training row's gate gradients beside those of a calibration row (1). Low: a unit is
+            worth what the weights around it have learned to make of it, and sets that move keep the weights from
+            learning.
+        exploration: share of training steps that run every layer and every unit: no layer starves, every unit is paid.
         head_sets: G, distinct head sets per layer and width that a batch may use.
         reward: "correct" or "probability", the quality of an exit.
         budget: the fraction of dense FLOPs that the model was trained for.
@@ -68,11 +71,11 @@ class DHTConfig(PreTrainedConfig):
     widths: list[int] | None = None
     context_projection: int = 8
     ridge: float = 1.0
-    forgetting: float = 0.9998
+    forgetting: float = 0.99995
     alpha: float = 0.05
     sigma: float = 0.3
     unit_weight: float = 0.05
-    exploration: float = 0.05
+    exploration: float = 0.04
     head_sets: int = 1
     reward: str = "correct"
     budget: float = 1.0
@@ -82,7 +85,8 @@ class DHTConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.widths is None:
             heads = self.num_attention_heads
-            self.widths = sorted({max(1, round(heads * quarter / 4)) for quarter in (1, 2, 3, 4)})
+            even = heads * math.sqrt(min(max(self.budget, 0.0), 1.0))
+            self.widths = sorted({max(1, round(2 * even / 3)), max(1, round(even)), heads})
         super().__post_init__(**kwargs)
 
     @property
@@ -111,8 +115,8 @@ class DHTConfig(PreTrainedConfig):
                 size = getattr(self, name)
                 need(size % heads == 0, f"{name}: {size} is not a multiple of num_attention_heads = {heads}")
             widths = self.widths or []
-            fits = bool(widths) and widths == sorted(set(widths)) and widths[0] >= 1 and widths[-1] <= heads
-            need(fits, f"widths: got {self.widths}, must be ascending numbers in 1..{heads}")
+            fits = bool(widths) and widths == sorted(set(widths)) and widths[0] >= 1 and widths[-1] == heads
+            need(fits, f"widths: got {self.widths}, must be ascending numbers in 1..{heads}, the last one {heads}")
         for name, allowed in {
             "norm": ("post", "pre"),
             "pooling": ("mean", "cls"),

@@ -156,23 +156,16 @@ def _policy_state(path: str | Path, where: dict[str, Any]) -> dict[str, Tensor]:
     return state
 
 
-def exit_loss(trace: Trace, labels: Tensor, distil: float = 0.0) -> Tensor:
+def exit_loss(trace: Trace, labels: Tensor) -> Tensor:
     """Mean over rows of the cross-entropy of each row's visited exits, deeper exits weighing more (layer number).
 
     Args:
         labels: int64 [B].
-        distil: weight in [0, 1] of matching the deepest visited exit instead of the label, for the exits before it.
     """
     total = trace.exits[0].logits.new_zeros(labels.shape[0], dtype=torch.float32)
     weight = torch.zeros_like(total)
-    teacher = trace.logits.detach().float().softmax(-1)
     for exit_ in trace.exits:
-        logits = exit_.logits.float()
-        loss = F.cross_entropy(logits, labels[exit_.rows], reduction="none")
-        if distil:
-            soft = -(teacher[exit_.rows] * logits.log_softmax(-1)).sum(-1)
-            last = (trace.layers[exit_.rows] == exit_.layer).float()
-            loss = torch.lerp(loss, soft, distil * (1 - last))
+        loss = F.cross_entropy(exit_.logits.float(), labels[exit_.rows], reduction="none")
         total = total.index_add(0, exit_.rows, exit_.layer * loss)
         weight = weight.index_add(0, exit_.rows, torch.full_like(loss, exit_.layer).detach())
     return (total / weight).mean()

@@ -73,7 +73,6 @@ def execute(
         trace.wants_stop = torch.zeros(batch, num_layers, dtype=torch.bool, device=device)
     logits: Tensor | None = None
     previous: Tensor | None = None
-    pooled: Tensor | None = None  # what the last computed exit read
 
     def leave(layer: int, rows: Packed) -> None:
         """Rows that end after `layer` without having been read by the policy still owe their exit."""
@@ -85,7 +84,7 @@ def execute(
         if not packed.rows.numel():
             break
         started = time.perf_counter()
-        view = View(layer, packed, pooled, logits, previous, input_ids, attention_mask, trace, mode)
+        view = View(layer, packed, logits, previous, input_ids, attention_mask, trace, mode)
         decision = policy.decide(view)
         if learns and decision.context is not None:
             assert decision.arm is not None
@@ -125,10 +124,9 @@ def execute(
             spent = cost.layer(group.lengths, size, group.max_length)
             trace.layer_cost[group.rows, layer] = spent
         packed = packed.with_hidden(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
-        previous, logits, pooled = logits, None, None
+        previous, logits = logits, None
         if policy.reads_exits or every_exit or layer == num_layers - 1:
-            pooled = encoder.pool(layer + 1, packed)
-            logits = encoder.exit(layer + 1, pooled)
+            logits = encoder.exit(layer + 1, encoder.pool(layer + 1, packed))
             trace.exits.append(Exit(layer + 1, packed.rows, logits))
             trace.layer_cost[packed.rows, layer] += cost.exit_head
     trace.flops += trace.layer_cost.sum(-1)

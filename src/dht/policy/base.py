@@ -19,7 +19,6 @@ class View:
     Attributes:
         layer: layers already run, 0..N-1.
         packed: the active rows' hidden states.
-        pooled: [R, D], what the exit just reached has read, or None (layer 0, or exits not computed).
         logits: [R, C] of the exit just reached, or None (layer 0, or exits not computed).
         previous: [R, C] of the exit before that, or None.
         input_ids, attention_mask: [B, T], the whole batch as it came in.
@@ -29,7 +28,6 @@ class View:
 
     layer: int
     packed: Packed
-    pooled: Tensor | None
     logits: Tensor | None
     previous: Tensor | None
     input_ids: Tensor

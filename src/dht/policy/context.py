@@ -16,15 +16,15 @@ EXIT_FEATURES = 8
 def features(view: View, projection: Tensor) -> Tensor:
     """The context of every active row, float64 [R, 8 + P].
 
-    Before layer 1 there is no exit: its features are zero, and the random projection of the mean embedding speaks alone.
+    Before layer 1 there is no exit: its features are zero, and a random projection of the mean embedding speaks instead.
+    Once there is an exit the projection stays out: it adds noise to every estimate and says less than the exit does.
 
     Args:
         view: what the policy sees.
         projection: float [P, D], fixed random directions.
     """
     rows = view.rows.numel()
-    pooled = (view.packed.mean() if view.pooled is None else view.pooled).float()
-    phi = pooled.new_zeros(rows, EXIT_FEATURES + projection.shape[0])
+    phi = torch.zeros(rows, EXIT_FEATURES + projection.shape[0], device=view.rows.device)
     phi[:, 0] = 1.0
     phi[:, 1] = view.lengths.float().log() / math.log(512)
     if view.logits is not None:
@@ -39,7 +39,7 @@ def features(view: View, projection: Tensor) -> Tensor:
             before = view.previous.float().softmax(-1).max(-1)
             phi[:, 6] = (before.indices == label[:, 0]).float()
             phi[:, 7] = before.values
-    if projection.shape[0]:
-        unit = torch.nn.functional.normalize(pooled, dim=-1)
-        phi[:, EXIT_FEATURES:] = unit @ projection.to(unit.dtype).T
+    if projection.shape[0] and view.layer == 0:
+        unit = torch.nn.functional.normalize(view.packed.mean().float(), dim=-1)
+        phi[:, EXIT_FEATURES:] = unit @ projection.float().T
     return phi.to(torch.float64)

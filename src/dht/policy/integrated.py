@@ -42,12 +42,10 @@ class IntegratedPolicy(LearnedPolicy):
         wide = self._with_width(context, torch.arange(count, device=context.device))
         index = ucb_index(self.numbers, wide, alpha, self.price)  # [R * K, N]
         arm = choose(index.view(rows, count, self.layers).transpose(1, 2).flatten(1))
-        if view.mode != "exploit":
-            floor = self.exploration if view.mode == "explore" else 1.0
-            deep = (self.layers - 1) * count + self._random_widths(view)
-            arm = torch.where(self._row_draws(view, 1) < floor, deep, arm)
-            if view.mode == "survey":
-                arm = torch.full_like(arm, self.layers * count - 1)
+        if view.mode == "probe":
+            arm = (self.layers - 1) * count + self._random_widths(view)
+        elif view.mode == "survey":
+            arm = torch.full_like(arm, self.layers * count - 1)
         return arm
 
     def decision_flops(self, layer: int, cost: CostModel) -> float:

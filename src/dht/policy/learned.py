@@ -26,7 +26,7 @@ class LearnedPolicy(Policy):
         num_arms: numeric arms in all.
     """
 
-    CURVE = 10  # points of the measured price curve
+    CURVE = 9  # points of the measured price curve
     WIDTH_FEATURES = 3  # x, x^2 and x * confidence of an arm that runs x = k / H of the units
 
     def __init__(self, config, num_arms: int) -> None:
@@ -35,7 +35,7 @@ class LearnedPolicy(Policy):
         self.widths = [int(width) for width in config.widths]
         self.num_features = EXIT_FEATURES + config.context_projection
         self.alpha, self.sigma = config.alpha, config.sigma
-        self.exploration, self.max_sets, self.seed = config.exploration, config.head_sets, config.policy_seed
+        self.max_sets, self.seed = config.head_sets, config.policy_seed
         features = self.num_features + self.WIDTH_FEATURES
         self.numbers = LinearPosterior(num_arms, features, 2, config.ridge, config.forgetting)
         self.units = LinearPosterior(self.layers * self.heads, self.num_features, 1, config.ridge)

@@ -38,8 +38,7 @@ class TreePolicy(LearnedPolicy):
             index = self._index(view.layer, context, self.alpha)
             onward = choose(index[:, 1:]) + 1
             if view.mode == "explore":
-                forced = self._row_draws(view, 1) < self.exploration
-                arm = torch.where(forced, onward, choose(index))
+                arm = choose(index)
             else:
                 wanders = self._row_draws(view, 1) < 0.5
                 arm = torch.where(wanders, 1 + self._random_widths(view), onward)
