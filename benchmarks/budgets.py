@@ -29,7 +29,6 @@ CELLS = {
     "tree .50": ["--budget", "0.5"],
     "integrated .26": ["--budget", "0.26", "--search", "integrated"],
 }
-RIVALS = ("random", "hash", "length", "confidence", "patience")
 KEPT = (
     "accuracy", "macro_f1", "flops_fraction", "time_fraction", "policy_time_fraction", "mean_layers", "mean_heads",
     "arm_entropy", "full_depth_accuracy", "train_flops_fraction", "train_time_fraction", "train_seconds",
@@ -42,7 +41,9 @@ def run(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "dht.cli", *map(str, arguments)], check=True, stdout=sys.stderr)
 
 
-def cell(data: str, model: str, folder: Path, name: str, seed: int, options: list[str]) -> dict[str, dict]:
+def cell(
+    data: str, model: str, folder: Path, name: str, seed: int, options: list[str], rivals: list[str]
+) -> dict[str, dict]:
     """Reports of a trained run and, for the tree, of the rivals on its checkpoint."""
     out = folder / f"{name.replace(' ', '-')}-{seed}"
     if not (out / "report.json").is_file():
@@ -50,7 +51,7 @@ def cell(data: str, model: str, folder: Path, name: str, seed: int, options: lis
         run("train", "--data", data, "--model", model, "--out", out, "--seed", seed, *options, *again)
     reports = {name: json.loads((out / "report.json").read_text())}
     if name == "tree .26":
-        for rival in RIVALS:
+        for rival in rivals:
             target = out / f"{rival}.json"
             if not target.is_file():
                 run("evaluate", out, "--data", data, "--policy", rival, "--json", target)
@@ -75,14 +76,16 @@ def main() -> None:
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--cells", default=",".join(CELLS), help="comma-separated names of cells")
+    parser.add_argument("--rivals", default="random,confidence", help="policies to run on the weights of `tree .26`")
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--json", type=Path, required=True, help="the result")
     asked = parser.parse_args()
     seeds = [int(seed) for seed in asked.seeds.split(",")]
+    rivals = [name for name in asked.rivals.split(",") if name]
     found: dict[str, list[dict]] = {}
     for seed in seeds:
         for name in asked.cells.split(","):
-            for key, report in cell(asked.data, asked.model, asked.work, name, seed, CELLS[name]).items():
+            for key, report in cell(asked.data, asked.model, asked.work, name, seed, CELLS[name], rivals).items():
                 found.setdefault(key, []).append(report)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result = {

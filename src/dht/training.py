@@ -154,7 +154,7 @@ class DHTTrainer(Trainer):
         return trace
 
 
-def finish(trainer: DHTTrainer, batches: list[dict[str, Tensor]], budget: float, passes: int = 2) -> None:
+def finish(trainer: DHTTrainer, batches: list[dict[str, Tensor]], budget: float, passes: int = 1) -> None:
     """Readies the policy for serving once the weights are final: probes, head sets, price curve, budget.
 
     Args:

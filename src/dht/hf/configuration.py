@@ -75,7 +75,7 @@ class DHTConfig(PreTrainedConfig):
     alpha: float = 0.05
     sigma: float = 0.3
     unit_weight: float = 0.05
-    exploration: float = 0.04
+    exploration: float = 0.02
     head_sets: int = 1
     reward: str = "correct"
     budget: float = 1.0
@@ -86,7 +86,7 @@ class DHTConfig(PreTrainedConfig):
         if self.widths is None:
             heads = self.num_attention_heads
             even = heads * math.sqrt(min(max(self.budget, 0.0), 1.0))
-            self.widths = sorted({max(1, round(2 * even / 3)), max(1, round(even)), heads})
+            self.widths = sorted({min(heads, max(1, round(even * third / 3))) for third in (2, 3, 4)})
         super().__post_init__(**kwargs)
 
     @property
@@ -115,8 +115,8 @@ class DHTConfig(PreTrainedConfig):
                 size = getattr(self, name)
                 need(size % heads == 0, f"{name}: {size} is not a multiple of num_attention_heads = {heads}")
             widths = self.widths or []
-            fits = bool(widths) and widths == sorted(set(widths)) and widths[0] >= 1 and widths[-1] == heads
-            need(fits, f"widths: got {self.widths}, must be ascending numbers in 1..{heads}, the last one {heads}")
+            fits = bool(widths) and widths == sorted(set(widths)) and widths[0] >= 1 and widths[-1] <= heads
+            need(fits, f"widths: got {self.widths}, must be ascending numbers in 1..{heads}")
         for name, allowed in {
             "norm": ("post", "pre"),
             "pooling": ("mean", "cls"),

@@ -39,7 +39,7 @@ class IntegratedPolicy(LearnedPolicy):
         """int64 [R], the arm of each row; the grid in one vector, depth by depth."""
         rows, count = len(context), len(self.widths)
         alpha = 0.0 if view.mode == "exploit" else self.alpha
-        wide = self._with_width(context, torch.arange(count, device=context.device))
+        wide = self._with_every_width(context)
         index = ucb_index(self.numbers, wide, alpha, self.price)  # [R * K, N]
         arm = choose(index.view(rows, count, self.layers).transpose(1, 2).flatten(1))
         if view.mode == "probe":
@@ -56,5 +56,5 @@ class IntegratedPolicy(LearnedPolicy):
         layers = quality.shape[1]
         weight = (torch.arange(layers, device=quality.device) < trace.layers[:, None]).to(torch.float64)
         target = torch.stack([quality.to(torch.float64), trace.layer_cost.cumsum(-1)], -1)
-        phi = self._with_width(trace.context[:, 0], trace.arm[:, 0] % len(self.widths), paired=True)
+        phi = self._with_width(trace.context[:, 0], self._executed_shares(trace)[:, 0])
         self.numbers.update(phi, weight, target)

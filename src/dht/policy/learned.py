@@ -116,20 +116,26 @@ class LearnedPolicy(Policy):
     def _features(self, view: View) -> Tensor:
         return features(view, self.projection)
 
-    def _with_width(self, context: Tensor, width: Tensor, paired: bool = False) -> Tensor:
-        """The context with the features of a width: numbers of units are ordered, so what is learned of one says something
-        of its neighbours, and the context's part is learned once for all.
+    def _shares(self, device: torch.device) -> Tensor:
+        """float64 [K], x = k / H of every width."""
+        return torch.tensor(self.widths, dtype=torch.float64, device=device) / self.heads
 
-        Args:
-            context: [R, F].
-            width: int64 [K], width indices: every row with every width, [R * K, F + 3]; `paired`: [R], row by row.
+    def _with_width(self, context: Tensor, share: Tensor) -> Tensor:
+        """Every row's context with the features of its width share x, [R, F + 3].
+
+        Numbers of units are ordered, so what is learned of one says something of its neighbours, and the context's part is
+        learned once for all.
         """
-        share = torch.tensor(self.widths, dtype=torch.float64, device=context.device)[width] / self.heads
-        if not paired:
-            rows, count = len(context), len(width)
-            context = context[:, None].expand(rows, count, -1).reshape(rows * count, -1)
-            share = share.repeat(rows)
         return torch.cat([context, torch.stack([share, share.square(), share * context[:, 2]], -1)], -1)
+
+    def _with_every_width(self, context: Tensor) -> Tensor:
+        """Every row with every width in turn, [R * K, F + 3]."""
+        shares = self._shares(context.device)
+        return self._with_width(context.repeat_interleave(len(shares), 0), shares.repeat(len(context)))
+
+    def _executed_shares(self, trace: Trace) -> Tensor:
+        """float64 [B, N], share of the units that ran in each layer: what the arms are paid for."""
+        return trace.units.sum(-1).to(torch.float64) / self.heads
 
     def decision_flops(self, layer: int, cost: CostModel) -> float:
         numbers = (1 + len(self.widths)) * (self.num_features + self.WIDTH_FEATURES) * 2

@@ -60,7 +60,7 @@ class TreePolicy(LearnedPolicy):
         if layer not in self._kept:
             theta = numbers.mean(slice(2 * layer, 2 * layer + 2))
             stop, run = (theta[..., 0] - self.price * theta[..., 1]).unbind(0)
-            share = torch.tensor(self.widths, dtype=torch.float64, device=run.device) / self.heads
+            share = self._shares(run.device)
             weights = run[: self.num_features, None].repeat(1, len(self.widths))
             linear, square, sure = run[self.num_features :]
             weights[0] += linear * share + square * share.square()
@@ -73,7 +73,7 @@ class TreePolicy(LearnedPolicy):
     def _index(self, layer: int, context: Tensor, alpha: float) -> Tensor:
         """UCB index of every arm, float64 [R, 1 + K]; stopping before layer 1 is out of the question."""
         rows, count = len(context), len(self.widths)
-        wide = self._with_width(context, torch.arange(count, device=context.device))
+        wide = self._with_every_width(context)
         run = ucb_index(self.numbers, wide, alpha, self.price, slice(2 * layer + 1, 2 * layer + 2)).view(rows, count)
         if layer == 0:
             stop = torch.full_like(run[:, :1], -torch.inf)
@@ -89,7 +89,7 @@ class TreePolicy(LearnedPolicy):
         context, arm = trace.context[row, layer], trace.arm[row, layer]
         ran, passed = arm > 0, layer > 0
         stops = torch.nn.functional.pad(context[passed], (0, self.WIDTH_FEATURES))
-        runs = self._with_width(context[ran], arm[ran] - 1, paired=True)
+        runs = self._with_width(context[ran], self._executed_shares(trace)[row[ran], layer[ran]])
         phi = torch.cat([stops, runs])
         number = torch.cat([2 * layer[passed], 2 * layer[ran] + 1])
         paid = torch.cat([quality[row[passed], layer[passed] - 1], final[row[ran], layer[ran]]])
