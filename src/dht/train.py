@@ -28,7 +28,7 @@ from .policy.baselines import DensePolicy
 from .policy.budget import Schedule
 from .training import DHTTrainer, Ledger, finish
 
-CALIBRATION_BATCHES = 12
+CALIBRATION_BATCHES = 20
 FEEDBACK_ROWS = 1024
 TIMED_STEPS = 12
 COMPLETE = "complete.json"

@@ -28,7 +28,7 @@ class DHTConfig(PreTrainedConfig):
         search: "tree" or "integrated".
         ffn: "coupled" (a head unit carries 1/H of the FFN) or "dense" (attention heads alone).
         widths: ascending numbers of head units to choose among; None = from the budget B: K = H sqrt(B), which leaves
-            the same share of the depth, two thirds of K, and H.
+            the same share of the depth, and a third less and more.
         context_projection: random directions of the mean embedding that the first decision sees.
         ridge: lambda, the prior precision of every arm.
         forgetting: gamma in (0, 1], discount per observed decision.
