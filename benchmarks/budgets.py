@@ -1,4 +1,4 @@
-"""Dense, tree and integrated runs of one data set over seeds, with the rivals on the same checkpoints, as one JSON file.
+"""Dense, tree and integrated runs of a data set over seeds, with rivals on the same checkpoints, as one JSON file.
 
     python benchmarks/budgets.py --data DIR --work runs/sst2 --json benchmarks/results/sst2.json
 
@@ -89,7 +89,16 @@ def main() -> None:
                 found.setdefault(key, []).append(report)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result = {
-        "command": f"python benchmarks/budgets.py --data {Path(asked.data).name} --model {asked.model} --seeds {asked.seeds}",
+        "command": " ".join(
+            [
+                "python benchmarks/budgets.py --data",
+                Path(asked.data).name,
+                "--model",
+                asked.model,
+                "--seeds",
+                asked.seeds,
+            ]
+        ),
         "setting": {
             "data": Path(asked.data).name,
             "model": asked.model,

@@ -1,4 +1,7 @@
-"""The README's results, drawn from committed JSON: `python benchmarks/readme_table.py` writes the block between the markers."""
+"""The README's results, drawn from committed JSON.
+
+`python benchmarks/readme_table.py` rewrites the block between the markers.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,9 @@ def block(result: dict) -> str:
     """The markdown between the markers."""
     setting = result["setting"]
     lines = [
-        f"`{setting['data']}` sentences, `{setting['model']}`, 3 epochs, batch 32, float32, {setting['threads']} threads,"
-        f" torch {setting['torch']}. Seeds {setting['seeds'][0]} to {setting['seeds'][-1]}: mean ± half width of the 95% interval"
-        " (no ± where there is one seed). FLOPs and seconds are fractions of dense.",
+        f"`{setting['data']}` sentences, `{setting['model']}`, 3 epochs, batch 32, float32, {setting['threads']}"
+        f" thread(s), torch {setting['torch']}. Seeds {setting['seeds'][0]} to {setting['seeds'][-1]}: mean ± half width of the"
+        " 95% interval (no ± where there is one seed). FLOPs and seconds are fractions of dense.",
         "",
         "| | " + " | ".join(title for title, _, _ in COLUMNS) + " |",
         "|---|" + "---|" * len(COLUMNS),

@@ -6,14 +6,16 @@ All of it comes from a few batches that run densely without touching the encoder
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .hf.convert import deal_neurons
 from .hf.modeling import DHTForSequenceClassification, exit_loss
 from .model.execute import execute
+from .plan import Trace
 from .policy.reward import quality
 
 
@@ -70,7 +72,9 @@ def _rank(importance: Tensor) -> Tensor:
     return importance.argsort(dim=0, descending=True).argsort(dim=0)
 
 
-def _fit_exit_heads(model: DHTForSequenceClassification, batches: list[dict], steps: int, lr: float) -> None:
+def _fit_exit_heads(
+    model: DHTForSequenceClassification, batches: list[dict[str, Tensor]], steps: int, lr: float
+) -> None:
     encoder = model.encoder
     pooled: list[list[Tensor]] = [[] for _ in encoder.blocks]
     for batch in batches:
@@ -93,13 +97,15 @@ def _fit_exit_heads(model: DHTForSequenceClassification, batches: list[dict], st
     model.zero_grad(set_to_none=True)
 
 
-def _surveyed(model, inputs: dict[str, Tensor], heads: Tensor, neurons: list[Tensor]):
-    """A dense trace whose backward adds |d loss / d gate| per head and per neuron, row by row, to `heads`, `neurons`."""
+def _surveyed(
+    model: DHTForSequenceClassification, inputs: dict[str, Tensor], heads: Tensor, neurons: list[Tensor]
+) -> Trace:
+    """A dense trace whose backward adds each row's |d loss / d gate| to `heads` [N, H] and to `neurons`."""
     encoder = model.encoder
-    hooks = []
+    hooks: list[Any] = []
     layers = {id(block): i for i, block in enumerate(encoder.blocks)}
 
-    def listen(block, args):
+    def listen(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         rows, units, bias = args[:3]
         layer = layers[id(block)]
 
@@ -114,18 +120,22 @@ def _surveyed(model, inputs: dict[str, Tensor], heads: Tensor, neurons: list[Ten
 
         return rows, units, bias, tap
 
-    for block in encoder.blocks:
-        hooks.append(block.register_forward_pre_hook(listen))
+    hooks.extend(block.register_forward_pre_hook(listen) for block in encoder.blocks)
     words = encoder.embeddings.words
     hooks.append(words.register_forward_hook(lambda *a: a[-1].requires_grad_()))
     try:
-        return execute(encoder, model.policy, **inputs, mode="survey", every_exit=True)
+        return execute(
+            encoder, model.policy, inputs["input_ids"], inputs["attention_mask"], inputs.get("token_type_ids"),
+            mode="survey", every_exit=True,
+        )  # fmt: skip
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _observe_importance(model, trace, heads: Tensor, neurons: list[Tensor]) -> None:
+def _observe_importance(
+    model: DHTForSequenceClassification, trace: Trace, heads: Tensor, neurons: list[Tensor]
+) -> None:
     """Feeds the posteriors of the head units with the batch-mean importance of head and neurons together."""
     policy = model.policy
     value = heads / heads.mean(1, keepdim=True)

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from ._files import write_json
 from .calibrate import calibrate
@@ -34,9 +43,12 @@ TIMED_STEPS = 12
 COMPLETE = "complete.json"
 
 Say = Callable[[str], None]
+Rows = dict[str, list[dict[str, Any]]]
 
 
-def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = False, say: Say = lambda _: None) -> dict:
+def train(
+    settings: TrainSettings, *, resume: bool = False, overwrite: bool = False, say: Say = lambda _: None
+) -> dict[str, Any]:
     """Trains, evaluates on the test split, fills `settings.out`, and returns the report.
 
     Args:
@@ -60,7 +72,7 @@ def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = Fa
         say(note)
     set_seed(settings.seed)
     model, tokenizer = build(settings, data.label_names)
-    model.to(device)
+    cast(nn.Module, model).to(device)
     rows = {name: tokenise(tokenizer, getattr(data, name), settings.max_length) for name in ("train", "validation")}
     write_json(settings.out / "run.json", settings.as_json())
     if start:
@@ -78,7 +90,6 @@ def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = Fa
         report["train_flops_fraction"] = trainer.ledger.fraction
         write_json(settings.out / "history.json", trainer.ledger.history)
     else:
-        model.policy.step.fill_(1)
         report["train_flops_fraction"] = 1.0
     report["train_seconds"] = time.perf_counter() - started
 
@@ -122,8 +133,6 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     found = []
     for path in folder.glob("checkpoint-*"):
         with contextlib.suppress(OSError, ValueError, KeyError):
-            import json
-
             sizes = json.loads((path / COMPLETE).read_text(encoding="utf-8"))["sizes"]
             if all((path / name).stat().st_size == size for name, size in sizes.items()):
                 found.append(path)
@@ -133,8 +142,8 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 class _MarkComplete(TrainerCallback):
     """Seals a checkpoint once it is whole, so that a half-written one is never resumed from."""
 
-    def on_save(self, args, state, control, **kwargs) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if folder.is_dir():
             write_json(
                 folder / COMPLETE, {"sizes": {p.name: p.stat().st_size for p in folder.iterdir() if p.is_file()}}
@@ -168,7 +177,14 @@ def _arguments(settings: TrainSettings, checkpoints: Path) -> TrainingArguments:
     )
 
 
-def _dense_trainer(settings, model, tokenizer, rows, checkpoints: Path, resuming: bool) -> Trainer:
+def _dense_trainer(
+    settings: TrainSettings,
+    model: DHTForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    checkpoints: Path,
+    resuming: bool,
+) -> Trainer:
     model.active_policy = DensePolicy(model.config.num_attention_heads)
     trainer = Trainer(
         model, _arguments(settings, checkpoints), train_dataset=rows["train"],
@@ -178,7 +194,14 @@ def _dense_trainer(settings, model, tokenizer, rows, checkpoints: Path, resuming
     return trainer
 
 
-def _dynamic_trainer(settings, model, tokenizer, rows, checkpoints: Path, resuming: bool) -> DHTTrainer:
+def _dynamic_trainer(
+    settings: TrainSettings,
+    model: DHTForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    checkpoints: Path,
+    resuming: bool,
+) -> DHTTrainer:
     ledger = Ledger()
     if not resuming:
         sample = _sample(rows["train"], tokenizer, settings, CALIBRATION_BATCHES)
@@ -199,14 +222,18 @@ def _dynamic_trainer(settings, model, tokenizer, rows, checkpoints: Path, resumi
     )
 
 
-def _sample(rows: list, tokenizer, settings: TrainSettings, batches: int = TIMED_STEPS) -> list[dict[str, Tensor]]:
+def _sample(
+    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, settings: TrainSettings, batches: int = TIMED_STEPS
+) -> list[dict[str, Tensor]]:
     """Training batches of the settings' size, spread evenly over the lengths, from a seeded draw of rows."""
     chosen = random.Random(settings.seed).sample(rows, min(len(rows), settings.batch_size * batches))
     return by_length(tokenizer, chosen, settings.batch_size)[0]
 
 
-def _feedback(settings: TrainSettings, tokenizer, rows: list, device: torch.device) -> list[dict[str, Tensor]]:
-    """Held-out batches that pay the numeric arms: at most `FEEDBACK_ROWS` validation rows, drawn by seed, in random order."""
+def _feedback(
+    settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], device: torch.device
+) -> list[dict[str, Tensor]]:
+    """Held-out batches that pay the numeric arms: at most `FEEDBACK_ROWS` validation rows, drawn by seed."""
     draw = random.Random(settings.seed)
     chosen = draw.sample(rows, min(len(rows), FEEDBACK_ROWS))
     batches = by_length(tokenizer, chosen, settings.batch_size)[0]
@@ -219,7 +246,7 @@ def dense_step_seconds(
 ) -> float:
     """Seconds of one dense training step, mean over `batches`: the faster of our dense path and `transformers`' own.
 
-    Forward, backward, gradient clipping, fused AdamW; without the training loop around it, which our own figure does include.
+    Forward, backward, gradient clipping, fused AdamW; without the training loop around it, which our own figure has.
     """
     contenders: dict[str, torch.nn.Module] = {"dense": copy.deepcopy(model)}
     contenders["dense"].active_policy = DensePolicy(model.config.num_attention_heads)
@@ -265,13 +292,16 @@ def evaluate_run(
         outcome, timing,
         budget=1.0 if settings.dense else settings.budget, policy="dense" if settings.dense else "learned",
         search=settings.search, seed=settings.seed, split=split, batch_size=settings.batch_size, dtype=settings.dtype,
-        threads=torch.get_num_threads(), torch=torch.__version__, data=data.name, model=settings.model, ffn=settings.ffn,
+        threads=torch.get_num_threads(), torch=torch.__version__, data=data.name, model=settings.model,
+        ffn=settings.ffn,
     )  # fmt: skip
     full = outcome if settings.dense else run_policy(model, batches, dense, dtype=dtype)
     return report | {"full_depth_accuracy": full.accuracy}
 
 
-def _save(out: Path, model: DHTForSequenceClassification, tokenizer, report: dict[str, Any]) -> None:
+def _save(
+    out: Path, model: DHTForSequenceClassification, tokenizer: PreTrainedTokenizerBase, report: dict[str, Any]
+) -> None:
     """The model last, so that a folder with a `config.json` is a finished run."""
     model.active_policy = None
     tokenizer.save_pretrained(out)

@@ -1,12 +1,12 @@
-"""`DHTTrainer`: `transformers.Trainer` that lets the policy decide, pays it, and keeps the training within its budget."""
+"""`DHTTrainer`: a `transformers.Trainer` that lets the policy decide, pays it, and keeps training within its budget."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -31,7 +31,9 @@ class Ledger(TrainerCallback, ExportableState):
         history: a dict every few steps: step, fraction, target, price, loss.
     """
 
-    def __init__(self, executed: float = 0.0, dense: float = 0.0, history: list[dict] | None = None) -> None:
+    def __init__(
+        self, executed: float = 0.0, dense: float = 0.0, history: list[dict[str, float]] | None = None
+    ) -> None:
         self.executed, self.dense, self.history = executed, dense, history or []
         self._window: list[tuple[float, float, float]] = []
 
@@ -62,10 +64,10 @@ class Ledger(TrainerCallback, ExportableState):
 class DHTTrainer(Trainer):
     """Trains the weights and the policy together under a budget.
 
-    A step: the policy explores on the batch; the loss is over the exits that each row passed; backward also yields the gate
-    gradients that pay the head units. Numeric arms are paid only with rows that the weights have not fitted: first-epoch rows
-    (their quality is read before the update) and, every `feedback_every` steps, a batch of held-out feedback rows that runs
-    to full depth without gradients. The price moves after every step.
+    A step: the policy explores on the batch; the loss is over the exits that each row passed; backward also yields the
+    gate gradients that pay the head units. Numeric arms are paid only with rows that the weights have not fitted:
+    first-epoch rows (their quality is read before the update) and, every `feedback_every` steps, a batch of held-out
+    rows that runs to full depth without gradients. The price moves after every step.
 
     Args:
         feedback: returns the i-th batch of held-out labelled rows, on the model's device; None = first-epoch rows only.
@@ -77,15 +79,16 @@ class DHTTrainer(Trainer):
 
     def __init__(
         self,
-        *args,
+        *args: Any,
         schedule: Schedule,
         feedback: Callable[[int], dict[str, Tensor]] | None = None,
         price_rate: float = 0.1,
         feedback_every: int = 12,
         ledger: Ledger | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, callbacks=[*kwargs.pop("callbacks", []), ledger or Ledger()], **kwargs)
+        kwargs["callbacks"] = [*kwargs.get("callbacks", []), ledger or Ledger()]
+        super().__init__(*args, **kwargs)
         self.schedule, self.feedback = schedule, feedback
         self.price_rate, self.feedback_every = price_rate, feedback_every
         self.model_accepts_loss_kwargs = False
@@ -99,9 +102,11 @@ class DHTTrainer(Trainer):
     @property
     def dynamic(self) -> DHTForSequenceClassification:
         """The model without wrappers."""
-        return self.accelerator.unwrap_model(self.model)
+        return cast(DHTForSequenceClassification, self.accelerator.unwrap_model(self.model))
 
-    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Loss over the exits passed; while training, the trace is kept for the policy."""
         labels = inputs.pop("labels")
         training = model.training
@@ -116,7 +121,7 @@ class DHTTrainer(Trainer):
         share = self.dynamic.config.exploration
         return "survey" if share and self.state.global_step % round(1 / share) == 0 else "explore"
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward, then what the policy learns from it."""
         mode = self._mode()
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -147,7 +152,7 @@ class DHTTrainer(Trainer):
         was_training = model.training
         model.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
-            trace = model(**inputs, mode="probe").trace
+            trace: Trace = model(**inputs, mode="probe").trace
         model.train(was_training)
         model.policy.observe(trace, quality(trace, batch["labels"], model.config.reward))
         self.ledger.executed += float(trace.flops.sum())

@@ -94,11 +94,12 @@ class ConfidencePolicy(DepthPolicy):
         self.threshold = threshold
 
     def stops(self, view: View) -> Tensor:
+        assert view.logits is not None, "reads_exits is set"
         return view.logits.float().softmax(-1).amax(-1) > self.threshold
 
 
 class PatiencePolicy(DepthPolicy):
-    """Leaves once `patience` + 1 exits in a row agree (PABEE, arXiv 2006.04152); fractional patience mixes two rows-wise.
+    """Leaves once `patience` + 1 exits in a row agree (PABEE, arXiv 2006.04152).
 
     Args:
         patience: agreements needed. With a fraction f, a share f of the rows (by position in a fixed hash of their
@@ -113,7 +114,7 @@ class PatiencePolicy(DepthPolicy):
         self.patience = patience
 
     def stops(self, view: View) -> Tensor:
-        table, visited = view.trace.exit_table()
+        table, _ = view.trace.exit_table()
         answers = table.argmax(-1)[view.rows, : view.layer]
         same = (answers == answers[:, -1:]).flip(-1).long().cumprod(-1).sum(-1) - 1
         whole = int(self.patience)
@@ -136,8 +137,8 @@ class PriorPolicy(Policy):
         self.plans, self.lengths = plans[plans.sum((1, 2)).argsort(stable=True)], lengths
 
     def decide(self, view: View) -> Decision:
-        # Seeded by the batch's own tokens: reproducible, and new for every batch.
         if self.kind == "length":
+            assert self.lengths is not None, "a length policy has lengths"
             share = torch.searchsorted(self.lengths, view.attention_mask.sum(-1)) / len(self.lengths)
         else:
             share = token_hash(view, salt=self.seed if self.kind == "random" else 0)

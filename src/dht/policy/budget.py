@@ -52,7 +52,8 @@ def price_for(budget: float, prices: Tensor, fractions: Tensor) -> float:
             beyond the curve gets the price at its end.
     """
     order = prices.argsort()
-    price, fraction = prices[order].tolist(), fractions[order].cummin(0).values.tolist()
+    price: list[float] = prices[order].tolist()
+    fraction: list[float] = fractions[order].cummin(0).values.tolist()
     for i, here in enumerate(fraction):
         if here <= budget:
             if i == 0 or fraction[i - 1] == here:

@@ -16,7 +16,7 @@ EXIT_FEATURES = 8
 def features(view: View, projection: Tensor) -> Tensor:
     """The context of every active row, float64 [R, 8 + P].
 
-    Before layer 1 there is no exit: its features are zero, and a random projection of the mean embedding speaks instead.
+    Before layer 1 there is no exit: its features are zero, and a random projection of the mean embedding speaks.
     Once there is an exit the projection stays out: it adds noise to every estimate and says less than the exit does.
 
     Args:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -11,17 +13,20 @@ from ..plan import Decision, Trace
 from .base import View
 from .learned import LearnedPolicy
 
+if TYPE_CHECKING:
+    from ..hf.configuration import DHTConfig
+
 
 class IntegratedPolicy(LearnedPolicy):
     """Arm (l, i) = run layers 1..l, each with `widths[i]` head units; ordered by l, then by width.
 
-    A row that ran l layers shows the quality of every shallower arm of its width: all of them learn from it. Each depth has
-    a regression; its widths share it and differ in the features of their width.
+    A row that ran l layers shows the quality of every shallower arm of its width: all of them learn from it. Each depth
+    has a regression; its widths share it and differ in the features of their width.
     """
 
     name = "integrated"
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: DHTConfig) -> None:
         super().__init__(config, config.num_hidden_layers)
 
     def decide(self, view: View) -> Decision:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -13,13 +16,16 @@ from .base import Policy, View
 from .budget import price_for
 from .context import EXIT_FEATURES, features
 
+if TYPE_CHECKING:
+    from ..hf.configuration import DHTConfig
+
 
 class LearnedPolicy(Policy):
     """UCB over numbers and combinatorial Thompson sampling over head units; state is sufficient statistics only.
 
-    All state is buffers, so it is saved, loaded and moved with the model: posteriors in float64, the price, a step counter
-    from which every random draw is derived (two runs with the same seed and data draw the same), the measured price curve,
-    and the head sets that inference chooses among.
+    All state is buffers, so it is saved, loaded and moved with the model: posteriors in float64, the price, a step
+    counter from which every random draw is derived (two runs with the same seed and data draw the same), the measured
+    price curve, and the head sets that inference chooses among.
 
     Args:
         config: a `DHTConfig`.
@@ -29,10 +35,17 @@ class LearnedPolicy(Policy):
     CURVE = 9  # points of the measured price curve
     WIDTH_FEATURES = 3  # x, x^2 and x * confidence of an arm that runs x = k / H of the units
 
-    def __init__(self, config, num_arms: int) -> None:
+    projection: Tensor
+    price: Tensor
+    step: Tensor
+    curve_price: Tensor
+    curve_fraction: Tensor
+    head_sets: Tensor
+
+    def __init__(self, config: DHTConfig, num_arms: int) -> None:
         super().__init__()
         self.layers, self.heads = config.num_hidden_layers, config.num_attention_heads
-        self.widths = [int(width) for width in config.widths]
+        self.widths = [int(width) for width in config.widths or []]
         self.num_features = EXIT_FEATURES + config.context_projection
         self.alpha, self.sigma = config.alpha, config.sigma
         self.max_sets, self.seed = config.head_sets, config.policy_seed
@@ -53,14 +66,15 @@ class LearnedPolicy(Policy):
         self.register_buffer("curve_fraction", torch.ones(self.CURVE, dtype=torch.float64))
         self.register_buffer("head_sets", sets)
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedPolicy:
         """Moves state between devices and never changes its dtype: a bfloat16 model keeps its float64 statistics."""
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(move, recurse)
+        super()._apply(move, recurse)
+        return self
 
     # Deciding
 
@@ -123,8 +137,8 @@ class LearnedPolicy(Policy):
     def _with_width(self, context: Tensor, share: Tensor) -> Tensor:
         """Every row's context with the features of its width share x, [R, F + 3].
 
-        Numbers of units are ordered, so what is learned of one says something of its neighbours, and the context's part is
-        learned once for all.
+        Numbers of units are ordered, so what is learned of one says something of its neighbours, and the context's part
+        is learned once for all.
         """
         return torch.cat([context, torch.stack([share, share.square(), share * context[:, 2]], -1)], -1)
 
@@ -151,17 +165,17 @@ class LearnedPolicy(Policy):
         """Semi-bandit update from gate gradients: each executed unit is paid |d loss / d gate|, scaled per layer.
 
         The gradient is the first-order change of the row's loss if the unit were removed (Michel et al. 2019,
-        arXiv 1905.10650). Its size falls as training goes on, and the units that ran are the good ones, so the scale is such
-        that they are paid on average what was expected of them: only their order and spread are news. Scaling them to a
-        mean of 1 instead would wear down the best units until untried ones look better, and the sets would never settle.
+        arXiv 1905.10650). Its size falls as training goes on, and the units that ran are the good ones, so the scale is
+        such that they are paid on average what was expected of them: only their order and spread are news. Scaling them
+        to a mean of 1 would wear down the best units until untried ones look better, and the sets would never settle.
         """
         if not trace.gate_grads:
             return
         rows, layers, heads = trace.units.shape
         value = torch.zeros(rows, layers, heads, dtype=torch.float64, device=trace.units.device)
         for layer, groups in trace.gate_grads.items():
-            for index, units, grads in groups:
-                value[index[:, None], layer, units[None, :]] += grads.double()
+            for row, units, grads in groups:
+                value[row[:, None], layer, units[None, :]] += grads.double()
         value = value.abs()
         ran = trace.units
         expected = torch.ones_like(value)
@@ -172,17 +186,17 @@ class LearnedPolicy(Policy):
         scale = torch.where(hoped > 0, total / hoped, total / ran.sum((0, 2)).clamp_min(1))
         value = value / scale.clamp_min(1e-30)[None, :, None]
         good = (value.isfinite().all(-1) & ran.any(-1) & (scale > 0)).nonzero()
-        row, layer = good[:, 0], good[:, 1]
+        row, at = good[:, 0], good[:, 1]
         weight = torch.zeros(len(good), layers, heads, dtype=torch.float64, device=value.device)
         target = torch.zeros_like(weight)
         pair = torch.arange(len(good), device=value.device)
-        weight[pair, layer] = self.unit_weight * ran[row, layer].double()
-        target[pair, layer] = value[row, layer]
-        self.units.update(trace.context[row, layer], weight.flatten(1), target.flatten(1))
+        weight[pair, at] = self.unit_weight * ran[row, at].double()
+        target[pair, at] = value[row, at]
+        self.units.update(trace.context[row, at], weight.flatten(1), target.flatten(1))
 
     def finish_step(self) -> None:
         """Moves the random draws on; called once after each training or probe step."""
-        self.step += 1
+        self.step.add_(1)
 
     # What serving needs
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from ..plan import Trace
 
-Reward = Literal["correct", "probability"]
 
-
-def quality(trace: Trace, labels: Tensor, kind: Reward = "correct") -> Tensor:
+def quality(trace: Trace, labels: Tensor, kind: str = "correct") -> Tensor:
     """float64 [B, N], quality of each visited exit; 0 where a row did not pass.
 
     Args:
@@ -31,8 +27,8 @@ def quality(trace: Trace, labels: Tensor, kind: Reward = "correct") -> Tensor:
 def returns(trace: Trace, quality: Tensor) -> tuple[Tensor, Tensor]:
     """Final quality and cost-to-go of running on at each decision, both float64 [B, N].
 
-    A row that was made to run on (exploration, probing) is credited with the exit where the greedy rule would have left:
-    full depth is seen, yet the value is that of the policy.
+    A row that was made to run on (probing) is credited with the exit where the greedy rule would have left: full depth
+    is seen, yet the value is that of the policy.
 
     Args:
         quality: float64 [B, N], of every visited exit.

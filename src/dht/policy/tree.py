@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -11,19 +13,22 @@ from .base import View
 from .learned import LearnedPolicy
 from .reward import returns
 
+if TYPE_CHECKING:
+    from ..hf.configuration import DHTConfig
+
 
 class TreePolicy(LearnedPolicy):
     """Arms before layer l + 1: 0 = stop (not before layer 1), 1.. = run it with `widths[i - 1]` head units.
 
-    Stopping is paid the exit's quality, seen for free at every exit passed. Running on is paid the quality and the cost of
-    what followed, up to where the policy would have left. A layer has two regressions, one for stopping and one for running
-    on; the arms that run on share theirs and differ in the features of their width.
+    Stopping is paid the exit's quality, seen for free at every exit passed. Running on is paid the quality and the cost
+    of what followed, up to where the policy would have left. A layer has two regressions, one for stopping and one for
+    running on; the arms that run on share theirs and differ in the features of their width.
     """
 
     name = "tree"
     reads_exits = True
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: DHTConfig) -> None:
         super().__init__(config, 2 * config.num_hidden_layers)
         self._kept_for: tuple[float, ...] = ()
         self._kept: dict[int, Tensor] = {}
