@@ -25,8 +25,8 @@ def block(result: dict) -> str:
     setting = result["setting"]
     lines = [
         f"`{setting['data']}` sentences, `{setting['model']}`, 3 epochs, batch 32, float32, {setting['threads']}"
-        f" thread(s), torch {setting['torch']}. Seeds {setting['seeds'][0]} to {setting['seeds'][-1]}: mean ± half width of the"
-        " 95% interval (no ± where there is one seed). FLOPs and seconds are fractions of dense.",
+        f" thread(s), torch {setting['torch']}. Seeds {setting['seeds'][0]} to {setting['seeds'][-1]}: mean ±"
+        " half width of the 95% interval (no ± where there is one seed). FLOPs and seconds are fractions of dense.",
         "",
         "| | " + " | ".join(title for title, _, _ in COLUMNS) + " |",
         "|---|" + "---|" * len(COLUMNS),

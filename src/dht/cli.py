@@ -68,7 +68,7 @@ def demo(
     data: Data = "vader",
     model: Model = "minilm",
     budget: Budget = 0.26,
-    epochs: Annotated[float, typer.Option(help="Passes over the training split.")] = 2.0,
+    epochs: Annotated[float, typer.Option(help="Passes over the training split.")] = 1.0,
     seed: Seed = 0,
     overwrite: Overwrite = True,
 ) -> None:

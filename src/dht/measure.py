@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hf.convert import export
+from .hf.convert import FAMILIES, export
 from .hf.modeling import DHTForSequenceClassification
 from .plan import Trace
 from .policy.base import Policy
@@ -119,14 +119,15 @@ def time_policy(
     """
     step = max(1, math.ceil(len(batches) / most))
     timed = [batch for i, batch in enumerate(batches) if i % step == step // 2 or step == 1]
-    plain = export(model).eval()
-    plain.to(model.device)
     dense = DensePolicy(model.config.num_attention_heads).to(model.device)
     contenders: dict[str, Callable[[Batch], Any]] = {
         "dht": lambda inputs: model(**inputs, policy=policy),
         "dense": lambda inputs: model(**inputs, policy=dense),
-        "transformers": lambda inputs: plain(**inputs),
     }
+    if model.config.source in FAMILIES:  # a from-scratch preset has no counterpart there
+        plain = export(model).eval()
+        plain.to(model.device)
+        contenders["transformers"] = lambda inputs: plain(**inputs)
     timing = Timing(dict.fromkeys(contenders, 0.0), examples=sum(len(batch["labels"]) for batch in timed))
     model.eval()
     with torch.inference_mode(), autocast(model.device, dtype):
@@ -179,13 +180,13 @@ def report_of(outcome: Outcome, timing: Timing | None, **settings: Any) -> dict[
         "flops_fraction_p95": float((outcome.flops / outcome.dense_flops).quantile(0.95)),
     }
     if timing is not None:
-        dense = min(timing.seconds["dense"], timing.seconds["transformers"])
+        dense = min(seconds for name, seconds in timing.seconds.items() if name != "dht")
         report |= {
             "time_fraction": timing.seconds["dht"] / dense,
             "seconds": timing.seconds["dht"],
             "dense_seconds": dense,
             "own_dense_seconds": timing.seconds["dense"],
-            "transformers_seconds": timing.seconds["transformers"],
+            "transformers_seconds": timing.seconds.get("transformers"),
             "policy_time_fraction": timing.policy_seconds / timing.seconds["dht"],
             "timed_examples": timing.examples,
         }
