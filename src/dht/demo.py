@@ -24,7 +24,6 @@ from .rivals import rival
 from .train import Say, train
 
 BUDGETS = (0.1, 0.15, 0.26, 0.4, 0.6)
-STATIC = ("static:2x12", "static:3x6", "static:3x9", "static:6x6")
 PAGE_SAMPLES = 300
 
 
@@ -70,7 +69,9 @@ def write_page(settings: TrainSettings, report: dict[str, Any], dense: dict[str,
     for budget in BUDGETS:
         outcome = run_policy(model, batches, rival("learned", model, budget, held))
         points.append(_point(f"dht {budget:g}", "learned", outcome))
-    for name in STATIC:
+    layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
+    halves = (max(1, layers // 2), max(1, heads // 2))
+    for name in (f"static:{halves[0]}x{heads}", f"static:{halves[0]}x{halves[1]}", f"static:{layers}x{halves[1]}"):
         outcome = run_policy(model, batches, rival(name, model, settings.budget, held))
         points.append(_point(f"cut to {name.split(':')[1]}", "static", outcome))
     for name in ("random", "confidence"):

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as hub_logging
 
 from . import assets
 from .config import TrainSettings
@@ -26,6 +27,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "preset:small": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
 }
 """From-scratch pre-norm encoders with random weights; they use the tokenizer of `minilm`."""
+
+
+# Loading takes a fraction of a second; its bars would stand between an error and the line that says it.
+hub_logging.disable_progress_bar()
 
 
 def device_of(name: str) -> torch.device:

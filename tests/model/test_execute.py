@@ -112,7 +112,11 @@ def learn(model, labels, inputs, steps=6):
         model.policy.finish_step()
     model.zero_grad()
     model.policy.fix_head_sets(output.trace.context)
-    model.policy.price.fill_(0.3)
+    # A price at which rows differ, if there is one.
+    for price in torch.linspace(-0.5, 0.5, 21).tolist():
+        model.policy.price.fill_(price)
+        if len(model(**inputs).trace.layers.unique()) > 1:
+            break
 
 
 def test_static_policy_runs_the_best_units_only():

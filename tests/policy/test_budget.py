@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dht.policy.budget import Schedule, dual_ascent, price_for
+from dht.policy.budget import HIGHEST, LOWEST, Schedule, dual_ascent, price_for
 
 
 def test_schedule_starts_high_falls_and_holds():
@@ -27,14 +27,14 @@ def test_schedule_never_starts_below_the_budget():
     assert Schedule(0.5, start=1.0, settle=0.0).at(0.0) == 0.5
 
 
-@given(price=st.floats(0.001, 20), fraction=st.floats(0, 1), target=st.floats(0.01, 1))
+@given(price=st.floats(LOWEST, HIGHEST), fraction=st.floats(0, 1), target=st.floats(0.01, 1))
 def test_price_moves_against_the_overspend(price, fraction, target):
     after = dual_ascent(price, fraction, target, rate=0.2)
-    assert 1e-3 <= after <= 20
+    assert LOWEST <= after <= HIGHEST
     if fraction > target:
-        assert after >= price or after == 20
+        assert after >= price or after == HIGHEST
     if fraction < target:
-        assert after <= price or after == 1e-3
+        assert after <= price or after == LOWEST
 
 
 def test_price_finds_the_budget_of_a_responding_policy():

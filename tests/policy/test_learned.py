@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from builders import batch, dynamic_model
 from dht.policy.reward import quality
+from dht.training import DHTTrainer
 
 SEARCHES = ("tree", "integrated")
 
@@ -78,11 +80,15 @@ def test_the_price_moves_the_choice_without_new_data(search):
     assert run(model)[0].trace.layers.float().mean() > 2, "free compute and better deep exits: go deep"
 
 
-def test_exploration_floor_sends_rows_deep():
-    for exploration, expected in ((0.0, 1), (1.0, 3)):
-        model = taught(exploration=exploration, alpha=0.0)
-        model.policy.price.fill_(10.0)
-        assert run(model, "explore")[0].trace.layers.tolist() == [expected] * 7
+def test_exploration_is_the_share_of_survey_steps():
+    for exploration, expected in ((0.0, 0), (0.02, 2), (0.25, 25), (1.0, 100)):
+        model = dynamic_model(exploration=exploration)
+        modes = [
+            DHTTrainer._mode(SimpleNamespace(dynamic=model, state=SimpleNamespace(global_step=step)))
+            for step in range(100)
+        ]
+        assert modes.count("survey") == expected
+        assert modes.count("explore") == 100 - expected
 
 
 def test_optimism_acts():

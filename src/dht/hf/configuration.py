@@ -28,7 +28,7 @@ class DHTConfig(PreTrainedConfig):
         search: "tree" or "integrated".
         ffn: "coupled" (a head unit carries 1/H of the FFN) or "dense" (attention heads alone).
         widths: ascending numbers of head units to choose among; None = from the budget B: K = H sqrt(B), which leaves
-            the same share of the depth, and a third less and more.
+            the same share of the depth, and a third more.
         context_projection: random directions of the mean embedding that the first decision sees.
         ridge: lambda, the prior precision of every arm.
         forgetting: gamma in (0, 1], discount per observed decision.
@@ -86,7 +86,7 @@ class DHTConfig(PreTrainedConfig):
         if self.widths is None:
             heads = self.num_attention_heads
             even = heads * math.sqrt(min(max(self.budget, 0.0), 1.0))
-            self.widths = sorted({min(heads, max(1, round(even * third / 3))) for third in (2, 3, 4)})
+            self.widths = sorted({min(heads, max(1, round(even * third / 3))) for third in (3, 4)})
         super().__post_init__(**kwargs)
 
     @property
