@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .PHONY: demo test lint format clean
 
 demo: .venv/.installed
-	$(BIN)/dht demo $(ARGS)
+	$(BIN)/dht demo --overwrite $(ARGS)
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)

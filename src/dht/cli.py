@@ -70,7 +70,7 @@ def demo(
     budget: Budget = 0.26,
     epochs: Annotated[float, typer.Option(help="Passes over the training split.")] = 1.0,
     seed: Seed = 0,
-    overwrite: Overwrite = True,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train dense and dynamic on embedded data, compare them in one table, and draw the page."""
     from rich.console import Console

@@ -21,7 +21,7 @@ from .measure import Outcome, run_policy
 from .predict import predict
 from .report.page import render_page
 from .rivals import rival
-from .train import Say, train
+from .train import Say, claim_folder, train
 
 BUDGETS = (0.1, 0.15, 0.26, 0.4, 0.6)
 PAGE_SAMPLES = 300
@@ -35,10 +35,13 @@ def demo(settings: TrainSettings, *, overwrite: bool = False, say: Say = lambda 
         overwrite: replace an earlier demo there.
         say: called with a line of news.
     """
+    settings.check()
+    for name in ("dense", "dht"):
+        claim_folder(settings.out / name, overwrite)
     say("training the dense model (the reference)")
-    dense = train(replace(settings, out=settings.out / "dense", dense=True), overwrite=overwrite, say=say)
+    dense = train(replace(settings, out=settings.out / "dense", dense=True), overwrite=True, say=say)
     say(f"training the dynamic model at budget {settings.budget:g}")
-    report = train(replace(settings, out=settings.out / "dht"), overwrite=overwrite, say=say)
+    report = train(replace(settings, out=settings.out / "dht"), overwrite=True, say=say)
     # The dense model was really trained here, in this process: its seconds replace the estimate.
     for name in ("dense_train_seconds", "train_time_fraction"):
         report[f"step_{name}"] = report[name]

@@ -63,7 +63,9 @@ def train(
     settings.check()
     device = device_of(settings.device)
     checkpoints = settings.out / "checkpoints"
-    start = _prepare(settings.out, checkpoints, resume, overwrite)
+    start = _last_checkpoint(checkpoints) if resume else None
+    if start is None:
+        claim_folder(settings.out, overwrite)
     data = load_data(
         settings.data, text_column=settings.text_column, label_column=settings.label_column, seed=settings.seed,
         splits=("train", "validation"), optional=("test",),
@@ -104,15 +106,12 @@ def train(
     return report
 
 
-def _prepare(out: Path, checkpoints: Path, resume: bool, overwrite: bool) -> Path | None:
-    """Clears the way for a run, and finds the checkpoint to resume from."""
-    if resume:
-        found = complete_checkpoints(checkpoints)
-        if not found:
-            raise CheckpointError(
-                f"--resume: no complete checkpoint in {checkpoints}; leave --resume out to start anew"
-            )
-        return found[-1]
+def claim_folder(out: Path, overwrite: bool) -> None:
+    """Makes `out` ready for a new run; an earlier run there is removed only if asked.
+
+    Raises:
+        DHTError: a file or a run is in the way, or the folder cannot be made.
+    """
     if out.exists() and not out.is_dir():
         raise DHTError(f"--out: {out} is a file; give a folder")
     if out.is_dir() and any(out.iterdir()):
@@ -125,7 +124,13 @@ def _prepare(out: Path, checkpoints: Path, resume: bool, overwrite: bool) -> Pat
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DHTError(f"--out: cannot make {out}: {error.strerror}; choose another folder") from error
-    return None
+
+
+def _last_checkpoint(checkpoints: Path) -> Path:
+    found = complete_checkpoints(checkpoints)
+    if not found:
+        raise CheckpointError(f"--resume: no complete checkpoint in {checkpoints}; leave --resume out to start anew")
+    return found[-1]
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
