@@ -34,6 +34,7 @@ def calibrate(
         lr: learning rate of those steps.
     """
     batches = list(batches)
+    model.policy.restart()
     encoder = model.encoder
     was_training = model.training
     model.eval()

@@ -37,7 +37,7 @@ from .policy.baselines import DensePolicy
 from .policy.budget import Schedule
 from .training import DHTTrainer, Ledger, finish
 
-CALIBRATION_BATCHES = 20
+CALIBRATION_BATCHES = 16
 FEEDBACK_ROWS = 1024
 TIMED_STEPS = 12
 COMPLETE = "complete.json"

@@ -83,7 +83,7 @@ class DHTTrainer(Trainer):
         schedule: Schedule,
         feedback: Callable[[int], dict[str, Tensor]] | None = None,
         price_rate: float = 0.1,
-        feedback_every: int = 12,
+        feedback_every: int = 16,
         ledger: Ledger | None = None,
         **kwargs: Any,
     ) -> None:
@@ -159,14 +159,15 @@ class DHTTrainer(Trainer):
         return trace
 
 
-def finish(trainer: DHTTrainer, batches: list[dict[str, Tensor]], budget: float, passes: int = 1) -> None:
-    """Readies the policy for serving once the weights are final: probes, head sets, price curve, budget.
+def finish(trainer: DHTTrainer, batches: list[dict[str, Tensor]], budget: float, passes: int = 2) -> None:
+    """Readies the policy for serving once the weights are final: fresh probes, head sets, price curve, budget.
 
     Args:
         batches: held-out labelled rows.
         passes: probe passes over them.
     """
     policy, contexts = trainer.dynamic.policy, []
+    policy.restart()
     with torch.no_grad():
         for _ in range(passes):
             for batch in batches:

@@ -71,7 +71,7 @@ class DHTConfig(PreTrainedConfig):
     widths: list[int] | None = None
     context_projection: int = 8
     ridge: float = 1.0
-    forgetting: float = 0.99995
+    forgetting: float = 0.9998
     alpha: float = 0.05
     sigma: float = 0.3
     unit_weight: float = 0.05

@@ -123,6 +123,7 @@ def convert(model: PreTrainedModel, num_labels: int | None = None, **settings: A
     state = {name.removeprefix(prefix): tensor for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         _copy(dynamic, state, family)
+    dynamic.policy.restart()
     return dynamic
 
 

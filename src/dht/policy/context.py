@@ -13,6 +13,14 @@ EXIT_FEATURES = 8
 """bias, log length, confidence, its square, entropy, margin, agreement with the previous exit, previous confidence."""
 
 
+def exit_features(log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidence, its square, entropy in [0, 1] and margin, [R, 4], and the answer, int64 [R], of `log_probs` [R, C]."""
+    probs = log_probs.exp()
+    top, label = probs.topk(2, -1)
+    entropy = -(probs * log_probs).sum(-1) / math.log(probs.shape[-1])
+    return torch.stack([top[:, 0], top[:, 0].square(), entropy, top[:, 0] - top[:, 1]], -1), label[:, 0]
+
+
 def features(view: View, projection: Tensor) -> Tensor:
     """The context of every active row, float64 [R, 8 + P].
 
@@ -29,15 +37,10 @@ def features(view: View, projection: Tensor) -> Tensor:
     phi[:, 1] = view.lengths.float().log() / math.log(512)
     if view.logits is not None:
         log_probs = view.logits.float().log_softmax(-1)
-        probs = log_probs.exp()
-        top, label = probs.topk(2, -1)
-        phi[:, 2] = top[:, 0]
-        phi[:, 3] = top[:, 0].square()
-        phi[:, 4] = -(probs * log_probs).sum(-1) / math.log(probs.shape[-1])
-        phi[:, 5] = top[:, 0] - top[:, 1]
+        phi[:, 2:6], label = exit_features(log_probs)
         if view.previous is not None:
             before = view.previous.float().softmax(-1).max(-1)
-            phi[:, 6] = (before.indices == label[:, 0]).float()
+            phi[:, 6] = (before.indices == label).float()
             phi[:, 7] = before.values
     if projection.shape[0] and view.layer == 0:
         unit = torch.nn.functional.normalize(view.packed.mean().float(), dim=-1)

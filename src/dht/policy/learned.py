@@ -198,6 +198,13 @@ class LearnedPolicy(Policy):
         """Moves the random draws on; called once after each training or probe step."""
         self.step.add_(1)
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Forgets all numeric rewards: they were earned by other weights. The head units keep theirs."""
+        for statistic in (self.numbers.gram, self.numbers.moment, self.numbers.pulls):
+            statistic.zero_()
+        self.numbers.invalidate()
+
     # What serving needs
 
     @torch.no_grad()

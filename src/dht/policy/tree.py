@@ -10,11 +10,16 @@ from torch import Tensor
 from ..bandit.ucb import choose, ucb_index
 from ..plan import Decision, Trace
 from .base import View
+from .context import exit_features
 from .learned import LearnedPolicy
 from .reward import returns
 
 if TYPE_CHECKING:
     from ..hf.configuration import DHTConfig
+
+
+REPAIR = 0.4
+PRIOR_ROWS = 200.0
 
 
 class TreePolicy(LearnedPolicy):
@@ -30,6 +35,7 @@ class TreePolicy(LearnedPolicy):
 
     def __init__(self, config: DHTConfig) -> None:
         super().__init__(config, 2 * config.num_hidden_layers)
+        self.classes = config.num_labels
         self._kept_for: tuple[float, ...] = ()
         self._kept: dict[int, Tensor] = {}
 
@@ -86,6 +92,33 @@ class TreePolicy(LearnedPolicy):
             still = torch.nn.functional.pad(context, (0, self.WIDTH_FEATURES))
             stop = ucb_index(self.numbers, still, alpha, self.price, slice(2 * layer, 2 * layer + 1))
         return torch.cat([stop, run], 1)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Forgets all numeric rewards and returns to the prior.
+
+        An exit is right as often as it is confident, and running on repairs `REPAIR` of its doubt, whatever the width:
+        that is a confidence threshold, from which rewards move it. It enters as `PRIOR_ROWS` made-up rows a layer.
+        """
+        super().restart()
+        sure = torch.linspace(1 / self.classes + 0.01, 0.99, 25, dtype=torch.float64)
+        rest = ((1 - sure) / (self.classes - 1)).log()[:, None].expand(-1, self.classes - 1)
+        seen, _ = exit_features(torch.cat([sure.log()[:, None], rest], 1))
+        phi = torch.zeros(len(sure), self.num_features, dtype=torch.float64)
+        phi[:, 0], phi[:, 1], phi[:, 2:6], phi[:, 6], phi[:, 7] = 1.0, 0.5, seen, 1.0, sure
+        wide = self._with_every_width(phi)
+        shares = self._shares(phi.device).repeat(len(phi))
+        still = torch.nn.functional.pad(phi, (0, self.WIDTH_FEATURES))
+        for layer in range(1, self.layers):
+            for arm, rows, quality, cost in (
+                (2 * layer, still, sure, torch.zeros_like(sure)),
+                (2 * layer + 1, wide, 1 - (1 - sure).repeat_interleave(len(self.widths)) * (1 - REPAIR),
+                 shares * (self.layers - layer + 1) / (2 * self.layers)),
+            ):  # fmt: skip
+                weight = torch.zeros(len(rows), self.numbers.num_arms, dtype=torch.float64)
+                weight[:, arm] = PRIOR_ROWS / len(rows)
+                target = torch.stack([quality, cost], -1)[:, None].expand(-1, self.numbers.num_arms, -1)
+                self.numbers.update(rows.to(self.price.device), weight, target)
 
     @torch.no_grad()
     def observe(self, trace: Trace, quality: Tensor) -> None:
