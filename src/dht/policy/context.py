@@ -14,7 +14,7 @@ EXIT_FEATURES = 8
 
 
 def exit_features(log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Confidence, its square, entropy in [0, 1] and margin, [R, 4], and the answer, int64 [R], of `log_probs` [R, C]."""
+    """Confidence, its square, entropy in [0, 1] and margin, [R, 4], and the answer [R], of `log_probs` [R, C]."""
     probs = log_probs.exp()
     top, label = probs.topk(2, -1)
     entropy = -(probs * log_probs).sum(-1) / math.log(probs.shape[-1])
