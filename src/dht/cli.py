@@ -106,7 +106,7 @@ def train(
     warm_start: Annotated[float, typer.Option(help="Training budget at the first step, in (0, 1].")] = 0.5,
     settle: Annotated[
         float, typer.Option(help="Share of the steps after which the training budget is the budget.")
-    ] = 0.45,
+    ] = 0.35,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0 = once an epoch.")] = 0,
     text_column: TextColumn = "text",
     label_column: LabelColumn = "label",

@@ -48,7 +48,7 @@ class TrainSettings:
     dtype: str = "float32"
     accumulate: int = 1
     warm_start: float = 0.5
-    settle: float = 0.45
+    settle: float = 0.35
     save_every: int = 0
     text_column: str = "text"
     label_column: str = "label"

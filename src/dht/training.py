@@ -159,7 +159,7 @@ class DHTTrainer(Trainer):
         return trace
 
 
-def finish(trainer: DHTTrainer, batches: list[dict[str, Tensor]], budget: float, passes: int = 2) -> None:
+def finish(trainer: DHTTrainer, batches: list[dict[str, Tensor]], budget: float, passes: int = 1) -> None:
     """Readies the policy for serving once the weights are final: fresh probes, head sets, price curve, budget.
 
     Args:
@@ -213,7 +213,7 @@ def measure_curve(
             above = [p for p, f in zip(prices, fractions, strict=True) if f > budget]
             left = max(above, default=LOWEST)
             right = min((p for p in prices if p > left), default=HIGHEST)
-            fraction_at((left + right) / 2)
+            fraction_at((left + right) / 2, every=2)
     model.train(was_training)
     policy.fix_curve(torch.tensor(prices, dtype=torch.float64), torch.tensor(fractions, dtype=torch.float64))
     policy.set_budget(budget)
