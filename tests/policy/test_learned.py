@@ -185,3 +185,22 @@ def test_folded_greedy_weights_equal_the_index():
     policy.numbers.update(torch.ones(1, 14, dtype=torch.float64), torch.ones(1, 6), torch.ones(1, 6, 2))
     plain = policy._index(1, context, 0.0)
     torch.testing.assert_close(context @ policy._greedy_weights(1), plain, msg="kept weights follow the posterior")
+
+
+def test_the_prior_is_a_confidence_threshold_and_does_not_fade():
+    model = dynamic_model(forgetting=0.9)
+    policy = model.policy
+    policy.price.fill_(1.0)
+    sure = torch.linspace(0.4, 0.99, 30, dtype=torch.float64)
+    context = torch.zeros(30, policy.num_features, dtype=torch.float64)
+    context[:, 0], context[:, 1], context[:, 2], context[:, 3], context[:, 6] = 1.0, 0.5, sure, sure.square(), 1.0
+    context[:, 4], context[:, 5], context[:, 7] = 1 - sure, 2 * sure - 1, sure
+    stops = (context @ policy._greedy_weights(1)).argmax(-1) == 0
+    assert stops.tolist() == sorted(stops.tolist()), "the surer, the sooner it leaves"
+    assert len(set(stops.tolist())) == 2
+    pulls = policy.numbers.pulls[2:].clone()
+    for _ in range(30):
+        run(model, "probe")
+        output, labels = run(model, "probe")
+        policy.observe(output.trace, quality(output.trace, labels))
+    assert bool((policy.numbers.pulls[2:] >= 0.99 * pulls).all())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..bandit.posterior import LinearPosterior
 from ..bandit.ucb import choose, ucb_index
 from ..plan import Decision, Trace
 from .base import View
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 REPAIR = 0.4
-PRIOR_ROWS = 200.0
+PRIOR_ROWS = 1000.0
 
 
 class TreePolicy(LearnedPolicy):
@@ -32,12 +33,14 @@ class TreePolicy(LearnedPolicy):
 
     name = "tree"
     reads_exits = True
+    _believed: LinearPosterior | None
 
     def __init__(self, config: DHTConfig) -> None:
         super().__init__(config, 2 * config.num_hidden_layers)
-        self.classes = config.num_labels
+        self.classes = int(config.num_labels or 2)
         self._kept_for: tuple[float, ...] = ()
         self._kept: dict[int, Tensor] = {}
+        object.__setattr__(self, "_believed", None)
 
     def decide(self, view: View) -> Decision:
         context = self._features(view)
@@ -95,30 +98,47 @@ class TreePolicy(LearnedPolicy):
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Forgets all numeric rewards and returns to the prior.
+        """Forgets all numeric rewards and returns to the prior."""
+        self._blend_prior(1.0, keep=0.0)
+
+    def _blend_prior(self, share: float, keep: float = 1.0) -> None:
+        """Statistics become `keep` times themselves plus `share` of the prior's."""
+        prior = self._prior()
+        for name in ("gram", "moment", "pulls"):
+            getattr(self.numbers, name).mul_(keep).add_(getattr(prior, name).to(self.price.device), alpha=share)
+        self.numbers.invalidate()
+
+    def _prior(self) -> LinearPosterior:
+        """What is believed before any reward, as the statistics of `PRIOR_ROWS` made-up rows a layer.
 
         An exit is right as often as it is confident, and running on repairs `REPAIR` of its doubt, whatever the width:
-        that is a confidence threshold, from which rewards move it. It enters as `PRIOR_ROWS` made-up rows a layer.
+        that is a confidence threshold at the narrowest width, from which rewards move it.
         """
-        super().restart()
+        if self._believed is not None:
+            return self._believed
+        prior = LinearPosterior(self.numbers.num_arms, self.numbers.num_features, 2)
         sure = torch.linspace(1 / self.classes + 0.01, 0.99, 25, dtype=torch.float64)
         rest = ((1 - sure) / (self.classes - 1)).log()[:, None].expand(-1, self.classes - 1)
         seen, _ = exit_features(torch.cat([sure.log()[:, None], rest], 1))
         phi = torch.zeros(len(sure), self.num_features, dtype=torch.float64)
         phi[:, 0], phi[:, 1], phi[:, 2:6], phi[:, 6], phi[:, 7] = 1.0, 0.5, seen, 1.0, sure
         wide = self._with_every_width(phi)
+        mended = 1 - (1 - sure).repeat_interleave(len(self.widths)) * (1 - REPAIR)
         shares = self._shares(phi.device).repeat(len(phi))
         still = torch.nn.functional.pad(phi, (0, self.WIDTH_FEATURES))
         for layer in range(1, self.layers):
+            to_go = shares * (self.layers - layer + 1) / (2 * self.layers)
             for arm, rows, quality, cost in (
                 (2 * layer, still, sure, torch.zeros_like(sure)),
-                (2 * layer + 1, wide, 1 - (1 - sure).repeat_interleave(len(self.widths)) * (1 - REPAIR),
-                 shares * (self.layers - layer + 1) / (2 * self.layers)),
-            ):  # fmt: skip
-                weight = torch.zeros(len(rows), self.numbers.num_arms, dtype=torch.float64)
+                (2 * layer + 1, wide, mended, to_go),
+            ):
+                weight = torch.zeros(len(rows), prior.num_arms, dtype=torch.float64)
                 weight[:, arm] = PRIOR_ROWS / len(rows)
-                target = torch.stack([quality, cost], -1)[:, None].expand(-1, self.numbers.num_arms, -1)
-                self.numbers.update(rows.to(self.price.device), weight, target)
+                target = torch.stack([quality, cost], -1)[:, None].expand(-1, prior.num_arms, -1)
+                prior.update(rows, weight, target)
+        # Not a submodule: it follows from the configuration, so it is neither saved nor loaded.
+        object.__setattr__(self, "_believed", prior)
+        return prior
 
     @torch.no_grad()
     def observe(self, trace: Trace, quality: Tensor) -> None:
@@ -135,3 +155,5 @@ class TreePolicy(LearnedPolicy):
         weight = torch.nn.functional.one_hot(number, self.numbers.num_arms).to(torch.float64)
         target = torch.stack([paid, spent], -1)[:, None] * weight[..., None]
         self.numbers.update(phi, weight, target)
+        # What was seen fades with gamma, what was believed beforehand does not.
+        self._blend_prior(1.0 - self.numbers.forgetting ** len(phi))
