@@ -51,6 +51,8 @@ def test_evaluate_writes_json(finished, settings, tmp_path):  # noqa: F811
     report = json.loads(target.read_text())
     assert report["accuracy"] == finished[1]["accuracy"]
     assert report["policy"] == "learned"
+    named = json.loads(invoke("evaluate", finished[0], "--max-length", 48).stdout.splitlines()[-1])
+    assert named["accuracy"] == report["accuracy"], "without --data: the data of the run"
 
 
 @pytest.mark.parametrize("policy", ["dense", "static:2x2", "random", "hash", "length", "confidence", "patience"])
@@ -149,6 +151,7 @@ def test_bad_calls_are_one_line_and_exit_2(finished, settings, tmp_path, monkeyp
         (("evaluate", run, "--data", data, "--split", "dev"), "--split: got 'dev', allowed: train, validation, test"),
         (("evaluate", run, "--data", data, "--budget", "0"), "--budget: got 0.0"),
         (("evaluate", tmp_path / "none", "--data", data), "no such folder"),
+        (("evaluate", tmp_path / "none"), "no run.json that names the data; give --data"),
         (("predict", run, tmp_path / "none.txt"), "none.txt"),
         (("predict", run, "--budget", "2"), "--budget: got 2.0"),
         (("demo", "--budget", "-1", "--out", tmp_path / "x"), "--budget: got -1.0"),

@@ -87,8 +87,8 @@ def demo(
 
 @app.command()
 def train(
-    data: Data,
-    out: Annotated[Path, typer.Option(help="Folder that the run is written to.")],
+    data: Data = "vader",
+    out: Annotated[Path, typer.Option(help="Folder that the run is written to.")] = Path("runs/train"),
     model: Model = "minilm",
     budget: Budget = 0.26,
     search: Annotated[str, typer.Option(help="tree (decide after every layer) or integrated (decide once).")] = "tree",
@@ -145,7 +145,9 @@ def train(
 @app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished dht train.")],
-    data: Data,
+    data: Annotated[
+        str | None, typer.Option(help="As for train; default: the data that the run was trained on.")
+    ] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     budget: Annotated[float | None, typer.Option(help="Budget to serve; default: the one trained for.")] = None,
     policy: Annotated[
@@ -165,10 +167,12 @@ def evaluate(
 ) -> None:
     """Measure accuracy, FLOPs and seconds of a policy on a split, against the dense model."""
     from .evaluate import evaluate as run
+    from .load import data_of
 
     report = run(
-        folder, data, split=split, budget=budget, policy=policy, batch_size=batch_size, max_length=max_length,
-        device=device, dtype=dtype, text_column=text_column, label_column=label_column, seed=seed, say=_say,
+        folder, data or data_of(folder), split=split, budget=budget, policy=policy, batch_size=batch_size,
+        max_length=max_length, device=device, dtype=dtype, text_column=text_column, label_column=label_column,
+        seed=seed, say=_say,
     )  # fmt: skip
     from rich.console import Console
 

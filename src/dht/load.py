@@ -162,6 +162,18 @@ def load_run(folder: str | Path, device: str = "auto") -> tuple[DHTForSequenceCl
     return model.to(device_of(device)).eval(), _tokenizer(str(folder))
 
 
+def data_of(folder: str | Path) -> str:
+    """The data that the run in `folder` was trained on.
+
+    Raises:
+        CheckpointError: the run does not say.
+    """
+    try:
+        return str(json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))["data"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: no run.json that names the data; give --data") from error
+
+
 def check_budget(budget: float) -> float:
     """`budget` itself.
 
