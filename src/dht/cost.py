@@ -18,8 +18,6 @@ class CostModel:
 
     Args:
         coupled: True if a head unit carries its 1/H share of the FFN; False if the FFN always runs whole.
-        num_features: features of the policy's context (0: no policy).
-        num_arms: numeric arms per decision.
 
     Example:
         >>> cost = CostModel(width=384, heads=12, ffn=1536, layers=6, classes=2, coupled=True)
@@ -33,8 +31,6 @@ class CostModel:
     layers: int
     classes: int
     coupled: bool
-    num_features: int = 0
-    num_arms: int = 0
 
     @property
     def token_unit(self) -> int:
@@ -51,12 +47,6 @@ class CostModel:
     def exit_head(self) -> int:
         """FLOPs per row of one exit head: a D x D projection and the classifier."""
         return 2 * self.width * (self.width + self.classes)
-
-    @property
-    def decision(self) -> int:
-        """FLOPs per row of one decision: scores and widths of the numeric arms, scores of the head units."""
-        features = self.num_features
-        return 2 * features * (self.num_arms * (features + 2) + self.heads)
 
     def attention(self, units: Tensor | int, padded: Tensor | int) -> Tensor | int:
         """FLOPs per row of QK^T and AV with `units` heads on `padded` tokens."""

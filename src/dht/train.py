@@ -31,7 +31,7 @@ from .data import TextData, load_data
 from .errors import CheckpointError, DHTError
 from .hf.convert import FAMILIES, export
 from .hf.modeling import DHTForSequenceClassification
-from .load import build, by_length, collate, device_of, load_run, tokenise
+from .load import build, by_length, collate, device_of, tokenise
 from .measure import autocast, report_of, run_policy, split_labels, time_policy
 from .policy.baselines import DensePolicy
 from .policy.budget import Schedule
@@ -317,6 +317,3 @@ def _save(
         (staged / name).replace(out / name)
     shutil.rmtree(staged, ignore_errors=True)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-
-
-__all__ = ["complete_checkpoints", "dense_step_seconds", "evaluate_run", "load_run", "train"]

@@ -21,7 +21,6 @@ from ..model.encoder import Encoder
 from ..model.execute import execute
 from ..plan import Mode, Trace
 from ..policy.base import Policy
-from ..policy.baselines import DensePolicy
 from ..policy.integrated import IntegratedPolicy
 from ..policy.tree import TreePolicy
 from .configuration import DHTConfig
@@ -169,11 +168,6 @@ def exit_loss(trace: Trace, labels: Tensor) -> Tensor:
         total = total.index_add(0, exit_.rows, exit_.layer * loss)
         weight = weight.index_add(0, exit_.rows, torch.full_like(loss, exit_.layer).detach())
     return (total / weight).mean()
-
-
-def dense_policy(model: DHTForSequenceClassification) -> DensePolicy:
-    """The policy that runs everything."""
-    return DensePolicy(model.config.num_attention_heads)
 
 
 AutoConfig.register("dht", DHTConfig, exist_ok=True)
