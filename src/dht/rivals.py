@@ -22,7 +22,7 @@ def rival(name: str, model: DHTForSequenceClassification, budget: float, calibra
     """The policy called `name`, matched to `budget`.
 
     `random`, `hash` and `length` draw from the plans that the learned policy executes on the calibration rows at this
-    budget, so that arm frequencies and mean FLOPs match. `confidence` and `patience` try each of the model's widths
+    budget, each counted by the dense FLOPs of its row, so that arm frequencies and mean FLOPs match. `confidence` and `patience` try each of the model's widths
     with its best units, match the threshold to the budget, and keep the width that is most accurate on the calibration
     rows.
 
@@ -51,8 +51,9 @@ def rival(name: str, model: DHTForSequenceClassification, budget: float, calibra
     if name in ("random", "hash", "length"):
         model.policy.set_budget(budget)
         outcome = run_policy(model, calibration)
-        lengths = torch.cat([batch["attention_mask"].sum(-1) for batch in calibration]).sort().values
-        return PriorPolicy(outcome.units.to(model.device), name, lengths.to(model.device), model.config.policy_seed)
+        lengths = torch.cat([batch["attention_mask"].sum(-1) for batch in calibration])
+        plans, weights, lengths = (x.to(model.device) for x in (outcome.units, outcome.dense_flops, lengths))
+        return PriorPolicy(plans, name, weights, lengths, model.config.policy_seed)
     if name in ("confidence", "patience"):
         return _exit_rule(name, model, budget, calibration)
     raise DHTError(f"--policy: got {name!r}, allowed: {', '.join(NAMES)}")

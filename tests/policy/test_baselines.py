@@ -55,24 +55,39 @@ def test_prior_policies_ignore_the_content_and_keep_the_frequencies():
     plans = torch.zeros(4, 3, 5, dtype=torch.bool)
     for i, depth in enumerate((1, 1, 2, 3)):
         plans[i, :depth] = True
-    lengths = torch.arange(1, 101)
+    lengths = torch.tensor([10, 20, 40, 80])
     many = [batch((4,) * 50, seed=i) for i in range(20)]
     for kind in ("random", "hash"):
-        policy = PriorPolicy(plans, kind, lengths)
+        policy = PriorPolicy(plans, kind)
         share = torch.bincount(run_policy(model, many, policy).layers, minlength=4) / 1000
         torch.testing.assert_close(share, torch.tensor([0.0, 0.5, 0.25, 0.25]), atol=0.06, rtol=0)
-    by_length = run_policy(model, [batch((5, 30, 60), seed=0)], PriorPolicy(plans, "length", lengths)).layers
-    assert by_length.tolist() == [1, 1, 2]
+    by_length = run_policy(model, [batch((5, 30, 60), seed=0)], PriorPolicy(plans, "length", None, lengths)).layers
+    assert by_length.tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["random", "hash", "length", "confidence", "patience"])
 def test_rivals_are_matched_to_the_budget(model, name):
-    held = batches(12, seed=50)
+    held = batches(60, seed=50)
     policy = rival(name, model, 0.6, held)
     assert policy.name == name
     model.policy.set_budget(0.6)
-    reference = run_policy(model, held).flops_fraction if name in ("random", "hash", "length") else 0.6
-    assert run_policy(model, held, policy).flops_fraction == pytest.approx(reference, abs=0.1)
+    fraction = run_policy(model, held, policy).flops_fraction
+    if name in ("random", "hash", "length"):
+        assert fraction == pytest.approx(run_policy(model, held).flops_fraction, abs=0.03)
+    else:  # a narrow width may be the most accurate and unable to spend it all
+        assert 0.3 < fraction < 0.63
+
+
+def test_plans_count_by_the_flops_of_their_rows():
+    model = dynamic_model()
+    plans = torch.zeros(2, 3, 5, dtype=torch.bool)
+    plans[0, :1], plans[1, :] = True, True
+    weights, many = torch.tensor([1.0, 3.0]), [batch((4,) * 50, seed=i) for i in range(20)]
+    layers = run_policy(model, many, PriorPolicy(plans, "random", weights)).layers
+    assert float((layers == 3).double().mean()) == pytest.approx(0.75, abs=0.05)
+    lengths = torch.tensor([10, 30])  # a quarter of the tokens is short
+    rows = run_policy(model, [batch((10, 30), seed=0)], PriorPolicy(plans, "length", weights, lengths)).layers
+    assert rows.tolist() == [1, 3]
 
 
 def test_rival_names(model):

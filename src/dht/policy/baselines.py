@@ -125,27 +125,47 @@ class PatiencePolicy(DepthPolicy):
 class PriorPolicy(Policy):
     """Rivals that ignore the content: plans drawn from a list of executed ones, so that arm frequencies match.
 
+    Frequencies count by weight. With the rows' dense FLOPs as weights the mean FLOPs fraction matches too, although the
+    list's rows were of other lengths than those that now get their plans.
+
     Args:
-        plans: bool [P, N, H], plans that the learned policy executed; sorted by cost for `hash` and `length`.
+        plans: bool [P, N, H], plans that the learned policy executed.
         kind: "random" draws one per row; "hash" picks by a hash of the tokens; "length" gives longer rows dearer plans.
-        lengths: int64 [P], sorted token counts of a sample of rows (for "length").
+        weights: float [P], how often each plan counts; None = once.
+        lengths: int64 [P], tokens of the rows that the plans were executed on (for "length").
     """
 
-    def __init__(self, plans: Tensor, kind: str, lengths: Tensor | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, plans: Tensor, kind: str, weights: Tensor | None = None, lengths: Tensor | None = None, seed: int = 0
+    ) -> None:
         super().__init__()
         self.name, self.kind, self.seed = kind, kind, seed
-        self.plans, self.lengths = plans[plans.sum((1, 2)).argsort(stable=True)], lengths
+        weights = torch.ones(len(plans), device=plans.device) if weights is None else weights
+        by_cost = plans.sum((1, 2)).argsort(stable=True)
+        self.plans, self.share_of_plan = plans[by_cost], _cumulative(weights[by_cost])
+        if lengths is not None:
+            by_length = lengths.argsort(stable=True)
+            self.lengths, self.share_of_length = lengths[by_length], _cumulative(weights[by_length])
 
     def decide(self, view: View) -> Decision:
         if self.kind == "length":
-            assert self.lengths is not None, "a length policy has lengths"
-            share = torch.searchsorted(self.lengths, view.attention_mask.sum(-1)) / len(self.lengths)
+            # Rows of one length take the middle of the shares that such rows span.
+            tokens = view.attention_mask.sum(-1)
+            edges = torch.nn.functional.pad(self.share_of_length, (1, 0))
+            ends = [torch.searchsorted(self.lengths, tokens, right=right) for right in (False, True)]
+            share = (edges[ends[0]] + edges[ends[1]]) / 2
         else:
             share = token_hash(view, salt=self.seed if self.kind == "random" else 0)
-        pick = (share * len(self.plans)).long().clamp(0, len(self.plans) - 1)
+        pick = torch.searchsorted(self.share_of_plan, share, right=True).clamp_max(len(self.plans) - 1)
         wanted = self.plans[pick[view.rows], view.layer]
         sets, choice = wanted.unique(dim=0, return_inverse=True)
         return Decision(sets, torch.where(wanted.any(-1), choice, -1))
+
+
+def _cumulative(weights: Tensor) -> Tensor:
+    """Float64 [P], running share of the total, ending at 1."""
+    running = weights.to(torch.float64).cumsum(0)
+    return running / running[-1]
 
 
 def token_hash(view: View, salt: int = 0) -> Tensor:
