@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import shutil
 from dataclasses import replace
 
@@ -133,6 +134,36 @@ def test_interrupted_and_resumed_equals_uninterrupted(settings, finished, tmp_pa
         assert torch.equal(ours, theirs), name
     assert report["accuracy"] == finished[1]["accuracy"]
     assert report["train_flops_fraction"] == pytest.approx(finished[1]["train_flops_fraction"])
+
+
+class _FullDisk(TrainerCallback):
+    """From step 7 on the system refuses to write files above a megabyte."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 7:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(settings, finished, tmp_path, monkeypatch):
+    make, limits = training._dynamic_trainer, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def filling(*args, **kwargs):
+        trainer = make(*args, **kwargs)
+        trainer.add_callback(_FullDisk())
+        return trainer
+
+    out = tmp_path / "run"
+    try:
+        with monkeypatch.context() as patch, pytest.raises(DHTError) as caught:
+            patch.setattr(training, "_dynamic_trainer", filling)
+            training.train(replace(settings, out=out))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot write" in str(caught.value)
+    assert "checkpoint-5 is whole: then go on with the same command and --resume" in str(caught.value)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["checkpoint-5"]
+    report = training.train(replace(settings, out=out), resume=True)
+    assert report["accuracy"] == finished[1]["accuracy"]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from dht.errors import DHTError
 _ADVICE = {
     errno.ENOSPC: "no space is left on the disk; free some or choose another folder",
     errno.EDQUOT: "the disk quota is used up; free some or choose another folder",
+    errno.EFBIG: "the file would pass the size limit of the system or the user; raise it or choose another folder",
     errno.EACCES: "permission denied; choose a folder that you may write to",
     errno.EPERM: "permission denied; choose a folder that you may write to",
     errno.EROFS: "the file system is read-only; choose another folder",
@@ -65,7 +66,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         DHTError: writing, flushing or renaming failed; the old file is as it was.
     """
     path = Path(path)
-    with _explained(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
         os.close(descriptor)
@@ -91,7 +92,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
         DHTError: writing or renaming failed; the old folder is as it was.
     """
     path = Path(path)
-    with _explained(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_dir():
             raise FileExistsError(errno.EEXIST, "not a folder")
@@ -124,16 +125,23 @@ def _swap(new: Path, path: Path) -> None:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn an operating system's error into one line that names the path."""
+def explained(path: Path) -> Iterator[None]:
+    """Turns an operating system's error into one line that names the path.
+
+    Raises:
+        DHTError: in place of the error.
+    """
     try:
         yield
     except OSError as error:
         _fail(path, _ADVICE.get(error.errno or 0) or f"{error.strerror or error}; choose another path")
     except Exception as error:
         # safetensors and torch.save report a full disk as errors of their own.
-        if "No space left on device" in str(error) or "os error 28" in str(error):
-            _fail(path, _ADVICE[errno.ENOSPC])
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if os.strerror(number) in str(error) or f"os error {number})" in str(error):
+                _fail(path, _ADVICE[number])
+        if "PytorchStreamWriter failed" in str(error):
+            _fail(path, "writing stopped half-way, as on a full disk; free some space or choose another folder")
         raise
 
 

@@ -24,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from ._files import write_json
+from ._files import explained, write_json
 from .calibrate import calibrate
 from .config import TrainSettings
 from .data import TextData, load_data
@@ -85,7 +85,7 @@ def train(
         settings, model, tokenizer, rows, checkpoints, resuming=bool(start)
     )
     trainer.add_callback(_MarkComplete())
-    trainer.train(resume_from_checkpoint=str(start) if start else None)
+    _run(trainer, checkpoints, start)
     report: dict[str, Any] = {"resumed": bool(start)}
     if isinstance(trainer, DHTTrainer):
         finish(trainer, _feedback(settings, tokenizer, rows["validation"], device), settings.budget)
@@ -104,6 +104,24 @@ def train(
     report |= evaluate_run(model, tokenizer, data, settings, split="test" if data.test else "validation")
     _save(settings.out, model, tokenizer, report)
     return report
+
+
+def _run(trainer: Trainer, checkpoints: Path, start: Path | None) -> None:
+    """Trains; when a checkpoint cannot be written, the half of it is removed and the last whole one is named.
+
+    Raises:
+        DHTError: no space, no permission.
+    """
+    try:
+        with explained(checkpoints):
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
+    except DHTError as error:
+        whole = complete_checkpoints(checkpoints)
+        for folder in set(checkpoints.glob("checkpoint-*")) - set(whole):
+            shutil.rmtree(folder, ignore_errors=True)
+        if not whole:
+            raise
+        raise DHTError(f"{error}; {whole[-1]} is whole: then go on with the same command and --resume") from None
 
 
 def claim_folder(out: Path, overwrite: bool) -> None:
@@ -309,11 +327,12 @@ def _save(
 ) -> None:
     """The model last, so that a folder with a `config.json` is a finished run."""
     model.active_policy = None
-    tokenizer.save_pretrained(out)
-    write_json(out / "report.json", report)
     staged = out / ".model"
-    model.save_pretrained(staged)
-    for name in ("model.safetensors", "config.json"):
-        (staged / name).replace(out / name)
+    with explained(out):
+        tokenizer.save_pretrained(out)
+        write_json(out / "report.json", report)
+        model.save_pretrained(staged)
+        for name in ("model.safetensors", "config.json"):
+            (staged / name).replace(out / name)
     shutil.rmtree(staged, ignore_errors=True)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)

@@ -126,11 +126,12 @@ class TreePolicy(LearnedPolicy):
         mended = 1 - (1 - sure).repeat_interleave(len(self.widths)) * (1 - REPAIR)
         shares = self._shares(phi.device).repeat(len(phi))
         still = torch.nn.functional.pad(phi, (0, self.WIDTH_FEATURES))
-        for layer in range(1, self.layers):
+        blind = torch.cat([phi[:, :2], torch.zeros_like(phi[:, 2:])], 1)  # before layer 1 no exit has spoken
+        for layer in range(self.layers):
             to_go = shares * (self.layers - layer + 1) / (2 * self.layers)
             for arm, rows, quality, cost in (
                 (2 * layer, still, sure, torch.zeros_like(sure)),
-                (2 * layer + 1, wide, mended, to_go),
+                (2 * layer + 1, wide if layer else self._with_every_width(blind), mended, to_go),
             ):
                 weight = torch.zeros(len(rows), prior.num_arms, dtype=torch.float64)
                 weight[:, arm] = PRIOR_ROWS / len(rows)
