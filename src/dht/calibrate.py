@@ -84,7 +84,7 @@ def _fit_exit_heads(
             bias = encoder.position_bias(rows.max_length) if encoder.position_bias is not None else None
             for layer, block in enumerate(encoder.blocks):
                 rows = rows.with_hidden(block(rows, None, bias))
-                pooled[layer].append(encoder.final_norm(encoder.pool(layer + 1, rows)).float())
+                pooled[layer].append(encoder.pool(layer + 1, rows).float())
     labels = torch.cat([batch["labels"] for batch in batches])
     states = [torch.cat(part) for part in pooled]
     optimizer = torch.optim.AdamW(encoder.exits.parameters(), lr=lr)

@@ -43,10 +43,15 @@ class CostModel:
         """FLOPs per token of a layer that do not depend on the number of units."""
         return 0 if self.coupled else 4 * self.width * self.ffn
 
-    @property
-    def exit_head(self) -> int:
-        """FLOPs per row of one exit head: a D x D projection and the classifier."""
-        return 2 * self.width * (self.width + self.classes)
+    def exit(self, lengths: Tensor, attends: bool = False) -> Tensor:
+        """FLOPs per row of one exit head, float64 [R]: a D x D projection and the classifier.
+
+        Args:
+            lengths: int64 [R], tokens of each row.
+            attends: True if H queries score every token first.
+        """
+        scored = lengths.to(torch.float64) * (self.heads if attends else 0)
+        return 2.0 * self.width * (self.width + self.classes + scored)
 
     def attention(self, units: Tensor | int, padded: Tensor | int) -> Tensor | int:
         """FLOPs per row of QK^T and AV with `units` heads on `padded` tokens."""
@@ -64,6 +69,6 @@ class CostModel:
         return tokens * (units * self.token_unit + self.token_fixed) + self.attention(units, padded)
 
     def dense(self, lengths: Tensor) -> Tensor:
-        """FLOPs per row of the full model with its one classifier, float64 [R]; attention padded to the longest row."""
+        """FLOPs per row of the full model with a plain classifier, float64 [R]; attention padded to the longest row."""
         padded = int(lengths.max()) if lengths.numel() else 0
-        return self.layers * self.layer(lengths, self.heads, padded) + self.exit_head
+        return self.layers * self.layer(lengths, self.heads, padded) + self.exit(lengths)

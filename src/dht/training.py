@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,10 @@ from .policy.budget import HIGHEST, LOWEST, Schedule, dual_ascent
 from .policy.reward import quality
 
 CURVE_PRICES = (-0.3, 0.0, 0.1, 0.3, 1.0)
-"""Prices at which the FLOPs fraction is measured whatever the budget; the remaining points close in on it."""
+"""Prices at which the FLOPs fraction is measured first; further points halve the widest gaps between fractions."""
+
+CLOSING_POINTS = 4
+"""Last points of the curve: they close in on the trained budget."""
 
 BACKWARD = 2.0
 """FLOPs of a backward pass in units of its forward."""
@@ -208,7 +212,10 @@ def measure_curve(
     with torch.no_grad():
         for price in CURVE_PRICES:
             fraction_at(price, every=3)
-        # The others close in on the trained budget.
+        while len(prices) < policy.CURVE - CLOSING_POINTS:
+            curve = sorted(zip(prices, fractions, strict=True))
+            gaps = [(here[1] - there[1], (here[0] + there[0]) / 2) for here, there in pairwise(curve)]
+            fraction_at(max(gaps)[1], every=3)
         while len(prices) < policy.CURVE:
             above = [p for p, f in zip(prices, fractions, strict=True) if f > budget]
             left = max(above, default=LOWEST)

@@ -20,7 +20,8 @@ class DHTConfig(PreTrainedConfig):
 
     Args:
         norm: "post" (BERT, MPNet) or "pre" (the from-scratch preset).
-        pooling: "mean" over tokens or "cls" (first token), what the exit heads read.
+        pooling: what the exit heads read: "attention" (tokens weighed by learned queries that start at the mean),
+            "mean" over tokens, or "cls" (first token).
         last_pooling: the same for the last exit, which may come with the checkpoint; None = `pooling`.
         position_offset: index of the first position embedding (MPNet: 2).
         relative_attention_num_buckets: buckets of the shared relative position bias; 0 = none.
@@ -61,7 +62,7 @@ class DHTConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     pad_token_id: int | None = 0
     norm: str = "post"
-    pooling: str = "mean"
+    pooling: str = "attention"
     last_pooling: str | None = None
     position_offset: int = 0
     relative_attention_num_buckets: int = 0
@@ -119,8 +120,8 @@ class DHTConfig(PreTrainedConfig):
             need(fits, f"widths: got {self.widths}, must be ascending numbers in 1..{heads}")
         for name, allowed in {
             "norm": ("post", "pre"),
-            "pooling": ("mean", "cls"),
-            "last_pooling": (None, "mean", "cls"),
+            "pooling": ("attention", "mean", "cls"),
+            "last_pooling": (None, "attention", "mean", "cls"),
             "search": ("tree", "integrated"),
             "ffn": ("coupled", "dense"),
             "reward": ("correct", "probability"),

@@ -17,7 +17,7 @@ from transformers.utils.generic import ModelOutput
 from transformers.utils.hub import cached_file
 
 from ..model.block import Block
-from ..model.encoder import Encoder
+from ..model.encoder import Encoder, ExitHead
 from ..model.execute import execute
 from ..plan import Mode, Trace
 from ..policy.base import Policy
@@ -67,6 +67,8 @@ class DHTForSequenceClassification(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, ExitHead) and not getattr(module.queries, "_is_hf_initialized", module.queries is None):
+            module.queries.zero_()
         if isinstance(module, Block):
             for name, parameter in module.named_parameters(recurse=False):
                 if not getattr(parameter, "_is_hf_initialized", False):

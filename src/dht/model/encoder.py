@@ -103,14 +103,36 @@ class RelativePositionBias(nn.Module):
         return values.permute(2, 0, 1).unsqueeze(0)
 
 
-class ExitHead(nn.Module):
-    """A classifier on the pooled hidden state: dense, tanh, linear, as in BERT and MPNet."""
+QUERY_SCALE = 10.0
+"""Factor on the scores of the exits' queries: from zero, and at the learning rate of all other weights, they would hardly
+move within a fine-tuning run."""
 
-    def __init__(self, width: int, classes: int, *, dropout: float = 0.0) -> None:
+
+class ExitHead(nn.Module):
+    """A classifier on the hidden states of a row: pooling, dense, tanh, linear.
+
+    Args:
+        width, heads, classes: D, H and C.
+        pooling: "attention" (learned queries, one per head, each weighing the tokens of its slice of D; they start at
+            zero, which is the mean over tokens), "mean", or "cls" (the first token, as BERT's own head).
+        dropout: probability before the classifier, used in training mode.
+    """
+
+    def __init__(
+        self, width: int, heads: int, classes: int, *, pooling: str = "attention", dropout: float = 0.0
+    ) -> None:
         super().__init__()
+        self.pooling = pooling
+        self.queries = nn.Parameter(torch.zeros(heads, width)) if pooling == "attention" else None
         self.dense = nn.Linear(width, width)
         self.classifier = nn.Linear(width, classes)
         self.dropout = nn.Dropout(dropout)
+
+    def pool(self, rows: Packed) -> Tensor:
+        """[R, D], what the classifier reads of each row."""
+        if self.queries is not None:
+            return rows.attended(QUERY_SCALE * (rows.hidden @ self.queries.T))
+        return rows.first() if self.pooling == "cls" else rows.mean()
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Logits [R, C] of `pooled` [R, D]."""
@@ -129,7 +151,6 @@ class Encoder(nn.Module):
         super().__init__()
         width, heads, eps = config.hidden_size, config.num_attention_heads, config.layer_norm_eps
         pre_norm = config.norm == "pre"
-        self.pooling = [config.pooling] * (config.num_hidden_layers - 1) + [config.last_pooling or config.pooling]
         self.embeddings = Embeddings(
             config.vocab_size,
             config.max_position_embeddings,
@@ -158,18 +179,23 @@ class Encoder(nn.Module):
         buckets = config.relative_attention_num_buckets
         self.position_bias = RelativePositionBias(buckets, heads) if buckets else None
         classes = len(config.label_names)
+        poolings = [config.pooling] * (config.num_hidden_layers - 1) + [config.last_pooling or config.pooling]
         self.exits: Stack[ExitHead] = Stack(
-            ExitHead(width, classes, dropout=config.hidden_dropout_prob) for _ in range(config.num_hidden_layers)
+            ExitHead(width, heads, classes, pooling=pooling, dropout=config.hidden_dropout_prob) for pooling in poolings
         )
         self.cost = CostModel(
             width, heads, config.intermediate_size, config.num_hidden_layers, classes, config.ffn == "coupled"
         )
 
     def pool(self, layer: int, rows: Packed) -> Tensor:
-        """[R, D], what the exit after `layer` in 1..N reads: the mean over tokens, or the first token's state."""
-        return rows.first() if self.pooling[layer - 1] == "cls" else rows.mean()
+        """[R, D], what the exit after `layer` in 1..N reads of the rows."""
+        return self.final_norm(self.exits[layer - 1].pool(rows))
 
-    def exit(self, layer: int, pooled: Tensor) -> Tensor:
+    def exit(self, layer: int, rows: Packed) -> Tensor:
         """Logits [R, C] of the exit after `layer` in 1..N."""
-        logits: Tensor = self.exits[layer - 1](self.final_norm(pooled))
+        logits: Tensor = self.exits[layer - 1](self.pool(layer, rows))
         return logits
+
+    def exit_cost(self, layer: int, rows: Packed) -> Tensor:
+        """FLOPs per row of that exit, float64 [R]."""
+        return self.cost.exit(rows.lengths, self.exits[layer - 1].queries is not None)

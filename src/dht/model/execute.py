@@ -77,8 +77,8 @@ def execute(
     def leave(layer: int, rows: Packed) -> None:
         """Rows that end after `layer` without having been read by the policy still owe their exit."""
         if rows.rows.numel():
-            trace.exits.append(Exit(layer, rows.rows, encoder.exit(layer, encoder.pool(layer, rows))))
-            trace.flops[rows.rows] += cost.exit_head
+            trace.exits.append(Exit(layer, rows.rows, encoder.exit(layer, rows)))
+            trace.flops[rows.rows] += encoder.exit_cost(layer, rows)
 
     for layer in range(num_layers):
         if not packed.rows.numel():
@@ -126,9 +126,9 @@ def execute(
         packed = packed.with_hidden(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
         previous, logits = logits, None
         if policy.reads_exits or every_exit or layer == num_layers - 1:
-            logits = encoder.exit(layer + 1, encoder.pool(layer + 1, packed))
+            logits = encoder.exit(layer + 1, packed)
             trace.exits.append(Exit(layer + 1, packed.rows, logits))
-            trace.layer_cost[packed.rows, layer] += cost.exit_head
+            trace.layer_cost[packed.rows, layer] += encoder.exit_cost(layer + 1, packed)
     trace.flops += trace.layer_cost.sum(-1)
     trace.layer_cost /= trace.dense_flops[:, None]
     if trace.exits:

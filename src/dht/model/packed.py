@@ -68,6 +68,26 @@ class Packed:
         total = self.hidden.new_zeros(self.lengths.numel(), self.hidden.shape[-1])
         return total.index_add(0, self.token_row, self.hidden) / self.lengths[:, None].to(self.hidden.dtype)
 
+    def attended(self, scores: Tensor) -> Tensor:
+        """[R, D], each row's tokens averaged with weights softmax(scores) over the row.
+
+        Args:
+            scores: float [S, H]; head h weighs the h-th of H equal slices of D. Equal scores give the mean.
+        """
+        rows, heads = self.lengths.numel(), scores.shape[-1]
+        scores = scores.float()  # an exponential is not for half precision
+        if self.equal:
+            weight = scores.view(rows, self.max_length, heads).softmax(1).to(self.hidden.dtype)
+            tokens = self.hidden.view(rows, self.max_length, heads, -1)
+            return (tokens * weight[..., None]).sum(1).flatten(1)
+        index = self.token_row[:, None].expand_as(scores)
+        highest = scores.new_full((rows, heads), -torch.inf).scatter_reduce(0, index, scores.detach(), "amax")
+        weight = (scores - highest[self.token_row]).exp()
+        total = weight.new_zeros(rows, heads).index_add(0, self.token_row, weight)
+        weight = (weight / total[self.token_row]).to(self.hidden.dtype)
+        tokens = (self.hidden.view(len(scores), heads, -1) * weight[..., None]).flatten(1)
+        return tokens.new_zeros(rows, tokens.shape[1]).index_add(0, self.token_row, tokens)
+
     def select(self, order: Tensor) -> Packed:
         """The rows `order` (int64 [R'], positions among the active rows), in that order."""
         lengths = self.lengths[order]

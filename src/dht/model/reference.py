@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..plan import Plan
-from .encoder import Encoder
+from .encoder import QUERY_SCALE, Encoder
 
 
 def reference(
@@ -65,9 +65,20 @@ def reference(
             new = block.ffn_norm(new)
         active = plan.units[:, layer].any(-1)[:, None, None]
         hidden = torch.where(active, new, hidden)
-        if encoder.pooling[layer] == "cls":
-            pooled = hidden[torch.arange(batch), keep.int().argmax(-1)]
-        else:
-            pooled = (hidden * keep[..., None]).sum(1) / keep.sum(-1, keepdim=True)
-        exits.append(encoder.exit(layer + 1, pooled))
+        exits.append(_exit(encoder, layer, hidden, keep))
     return exits
+
+
+def _exit(encoder: Encoder, layer: int, hidden: Tensor, keep: Tensor) -> Tensor:
+    head = encoder.exits[layer]
+    if head.pooling == "cls":
+        pooled = hidden[torch.arange(len(hidden)), keep.int().argmax(-1)]
+    elif head.queries is None:
+        pooled = (hidden * keep[..., None]).sum(1) / keep.sum(-1, keepdim=True)
+    else:
+        scores = QUERY_SCALE * torch.einsum("btd,hd->bth", hidden, head.queries)
+        weight = scores.masked_fill(~keep[..., None], -torch.inf).softmax(1)
+        sliced = hidden.unflatten(-1, (weight.shape[-1], -1))
+        pooled = torch.einsum("bth,bthe->bhe", weight, sliced).flatten(1)
+    logits: Tensor = head(encoder.final_norm(pooled))
+    return logits

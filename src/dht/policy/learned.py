@@ -32,7 +32,7 @@ class LearnedPolicy(Policy):
         num_arms: numeric arms in all.
     """
 
-    CURVE = 9  # points of the measured price curve
+    CURVE = 13  # points of the measured price curve
     WIDTH_FEATURES = 3  # x, x^2 and x * confidence of an arm that runs x = k / H of the units
 
     projection: Tensor

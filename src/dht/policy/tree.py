@@ -111,8 +111,9 @@ class TreePolicy(LearnedPolicy):
     def _prior(self) -> LinearPosterior:
         """What is believed before any reward, as the statistics of `PRIOR_ROWS` made-up rows a layer.
 
-        An exit is right as often as it is confident, and running on repairs `REPAIR` of its doubt, whatever the width:
-        that is a confidence threshold at the narrowest width, from which rewards move it.
+        An exit is right as often as it is confident. Running all layers repairs `REPAIR` of its doubt, fewer layers
+        proportionally less, whatever the width. With a cost to go that is as proportional, this is one confidence
+        threshold for all layers at the narrowest width, from which rewards move each layer.
         """
         if self._believed is not None:
             return self._believed
@@ -123,15 +124,20 @@ class TreePolicy(LearnedPolicy):
         phi = torch.zeros(len(sure), self.num_features, dtype=torch.float64)
         phi[:, 0], phi[:, 1], phi[:, 2:6], phi[:, 6], phi[:, 7] = 1.0, 0.5, seen, 1.0, sure
         wide = self._with_every_width(phi)
-        mended = 1 - (1 - sure).repeat_interleave(len(self.widths)) * (1 - REPAIR)
+        doubt = (1 - sure).repeat_interleave(len(self.widths))
         shares = self._shares(phi.device).repeat(len(phi))
         still = torch.nn.functional.pad(phi, (0, self.WIDTH_FEATURES))
         blind = torch.cat([phi[:, :2], torch.zeros_like(phi[:, 2:])], 1)  # before layer 1 no exit has spoken
         for layer in range(self.layers):
-            to_go = shares * (self.layers - layer + 1) / (2 * self.layers)
+            left = (self.layers - layer + 1) / self.layers
             for arm, rows, quality, cost in (
                 (2 * layer, still, sure, torch.zeros_like(sure)),
-                (2 * layer + 1, wide if layer else self._with_every_width(blind), mended, to_go),
+                (
+                    2 * layer + 1,
+                    wide if layer else self._with_every_width(blind),
+                    1 - doubt * (1 - REPAIR * left),
+                    shares * left / 2,
+                ),
             ):
                 weight = torch.zeros(len(rows), prior.num_arms, dtype=torch.float64)
                 weight[:, arm] = PRIOR_ROWS / len(rows)
