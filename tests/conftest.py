@@ -1,4 +1,4 @@
-"""What every test shares: two threads, fixed seeds, no hub, unwritten tensor rows that show as NaN, embedded assets."""
+"""What every test shares: two threads (or OMP_NUM_THREADS), fixed seeds, no hub, unwritten tensor rows that show as NaN, embedded assets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from hypothesis import HealthCheck, settings
 
 from dht import assets
 
-torch.set_num_threads(2)
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(2)
 # Deterministic mode also fills torch.empty with NaN, so that a row nobody wrote cannot pass for a result.
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True

@@ -22,9 +22,9 @@ def rival(name: str, model: DHTForSequenceClassification, budget: float, calibra
     """The policy called `name`, matched to `budget`.
 
     `random`, `hash` and `length` draw from the plans that the learned policy executes on the calibration rows at this
-    budget, each counted by the dense FLOPs of its row, so that arm frequencies and mean FLOPs match. `confidence` and `patience` try each of the model's widths
-    with its best units, match the threshold to the budget, and keep the width that is most accurate on the calibration
-    rows.
+    budget, each counted by the dense FLOPs of its row, so that arm frequencies and mean FLOPs match. `confidence` and
+    `patience` try each of the model's widths with its best units, match the threshold to the budget, and keep the width
+    that is most accurate on the calibration rows.
 
     Args:
         name: one of `NAMES`, with numbers for L and K in `static:LxK`.

@@ -67,14 +67,11 @@ class DHTForSequenceClassification(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ExitHead) and not getattr(module.queries, "_is_hf_initialized", module.queries is None):
-            module.queries.zero_()
-        if isinstance(module, Block):
+        if isinstance(module, Block | ExitHead):
             for name, parameter in module.named_parameters(recurse=False):
                 if not getattr(parameter, "_is_hf_initialized", False):
-                    parameter.zero_() if name.endswith("bias") else parameter.normal_(
-                        0.0, self.config.initializer_range
-                    )
+                    zero = name.endswith(("bias", "queries"))
+                    parameter.zero_() if zero else parameter.normal_(0.0, self.config.initializer_range)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

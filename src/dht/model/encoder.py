@@ -104,8 +104,8 @@ class RelativePositionBias(nn.Module):
 
 
 QUERY_SCALE = 10.0
-"""Factor on the scores of the exits' queries: from zero, and at the learning rate of all other weights, they would hardly
-move within a fine-tuning run."""
+"""Factor on the scores of the exits' queries: from zero, and at the learning rate of all other weights, they would
+hardly move within a fine-tuning run."""
 
 
 class ExitHead(nn.Module):
@@ -189,7 +189,8 @@ class Encoder(nn.Module):
 
     def pool(self, layer: int, rows: Packed) -> Tensor:
         """[R, D], what the exit after `layer` in 1..N reads of the rows."""
-        return self.final_norm(self.exits[layer - 1].pool(rows))
+        pooled: Tensor = self.final_norm(self.exits[layer - 1].pool(rows))
+        return pooled
 
     def exit(self, layer: int, rows: Packed) -> Tensor:
         """Logits [R, C] of the exit after `layer` in 1..N."""

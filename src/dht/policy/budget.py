@@ -37,9 +37,9 @@ LOWEST, HIGHEST = -1.0, 10.0
 def dual_ascent(price: float, fraction: float, target: float, rate: float) -> float:
     """The next price: up by `rate` * (fraction - target).
 
-    The price may turn negative. A budget is then a subsidy that has to be spent: early in training all exits are about
-    equally good, a policy that may underspend leaves at once, the deep layers never learn, and leaving at once becomes
-    right. Within `LOWEST`..`HIGHEST`.
+    The price may turn negative: a budget has to be spent. Early in training all exits are about equally good, a policy
+    that may underspend leaves at once, the deep layers never learn, and leaving at once becomes right. Within
+    `LOWEST`..`HIGHEST`; at `LOWEST` every training row runs to the end.
     """
     return min(max(price + rate * (fraction - target), LOWEST), HIGHEST)
 

@@ -45,9 +45,11 @@ class IntegratedPolicy(LearnedPolicy):
         rows, count = len(context), len(self.widths)
         alpha = 0.0 if view.mode == "exploit" else self.alpha
         wide = self._with_every_width(context)
-        index = ucb_index(self.numbers, wide, alpha, self.price)  # [R * K, N]
+        index = ucb_index(self.numbers, wide, alpha, self._index_price(view))  # [R * K, N]
         arm = choose(index.view(rows, count, self.layers).transpose(1, 2).flatten(1))
-        if view.mode == "probe":
+        if view.mode == "explore":
+            arm = torch.where(self._carried_on(view), (self.layers - 1) * count + arm % count, arm)
+        elif view.mode == "probe":
             arm = (self.layers - 1) * count + self._random_widths(view)
         elif view.mode == "survey":
             arm = torch.full_like(arm, self.layers * count - 1)

@@ -95,6 +95,23 @@ class LearnedPolicy(Policy):
         """int64 [R], a width index per row, kept through all layers."""
         return (self._row_draws(view, 2) * len(self.widths)).long().clamp_max(len(self.widths) - 1)
 
+    def _index_price(self, view: View) -> float:
+        """The price that arms are compared at.
+
+        Exploiting, a negative one is a subsidy: a budget above what the policy wants is spent on the arms that gain
+        most. Training, it would be spent on width, rows of a batch would run the same layer with many head sets, and no
+        set would learn its part; below zero the arms are compared at no cost and depth is dealt out by `_carried_on`.
+        """
+        price = float(self.price)
+        return price if view.mode == "exploit" else max(price, 0.0)
+
+    def _carried_on(self, view: View) -> Tensor:
+        """Bool [R], rows that run to the end whatever the policy wants: a share of -price, if that is above zero.
+
+        They are drawn blindly, so that the deep exits also see what the policy would have let go.
+        """
+        return self._row_draws(view, 4) < -float(self.price)
+
     def _pick_sets(self, view: View, context: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
         """Head sets [G, H] and each row's choice [R], given each row's width index (-1 = stops).
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 REPAIR = 0.4
-PRIOR_ROWS = 1000.0
+PRIOR_ROWS = 3000.0
 
 
 class TreePolicy(LearnedPolicy):
@@ -44,15 +44,16 @@ class TreePolicy(LearnedPolicy):
 
     def decide(self, view: View) -> Decision:
         context = self._features(view)
-        arm = (context @ self._greedy_weights(view.layer)).argmax(-1)
+        price = self._index_price(view)
+        arm = (context @ self._greedy_weights(view.layer, price)).argmax(-1)
         if view.layer == 0:
             arm = arm + 1
         wants_stop = arm == 0
         if view.mode != "exploit":
-            index = self._index(view.layer, context, self.alpha)
+            index = self._index(view.layer, context, self.alpha, price)
             onward = choose(index[:, 1:]) + 1
             if view.mode == "explore":
-                arm = choose(index)
+                arm = torch.where(self._carried_on(view), onward, choose(index))
             else:
                 wanders = self._row_draws(view, 1) < 0.5
                 arm = torch.where(wanders, 1 + self._random_widths(view), onward)
@@ -61,19 +62,19 @@ class TreePolicy(LearnedPolicy):
         sets, choice = self._pick_sets(view, context, arm - 1)
         return Decision(sets, choice, arm, context, wants_stop)
 
-    def _greedy_weights(self, layer: int) -> Tensor:
+    def _greedy_weights(self, layer: int, price: float) -> Tensor:
         """float64 [F, 1 + K] (before layer 1: [F, K], no stopping): context times this is the index without optimism.
 
         The features of a width are the constant, or the confidence, times a number: they fold into the weights of those
         two. Kept until the posterior or the price changes.
         """
         numbers = self.numbers
-        now = (numbers.moment.data_ptr(), numbers.moment._version, numbers.gram._version, float(self.price))
+        now = (numbers.moment.data_ptr(), numbers.moment._version, numbers.gram._version, price)
         if self._kept_for != now:
             self._kept_for, self._kept = now, {}
         if layer not in self._kept:
             theta = numbers.mean(slice(2 * layer, 2 * layer + 2))
-            stop, run = (theta[..., 0] - self.price * theta[..., 1]).unbind(0)
+            stop, run = (theta[..., 0] - price * theta[..., 1]).unbind(0)
             share = self._shares(run.device)
             weights = run[: self.num_features, None].repeat(1, len(self.widths))
             linear, square, sure = run[self.num_features :]
@@ -84,16 +85,16 @@ class TreePolicy(LearnedPolicy):
             self._kept[layer] = weights
         return self._kept[layer]
 
-    def _index(self, layer: int, context: Tensor, alpha: float) -> Tensor:
+    def _index(self, layer: int, context: Tensor, alpha: float, price: float) -> Tensor:
         """UCB index of every arm, float64 [R, 1 + K]; stopping before layer 1 is out of the question."""
         rows, count = len(context), len(self.widths)
         wide = self._with_every_width(context)
-        run = ucb_index(self.numbers, wide, alpha, self.price, slice(2 * layer + 1, 2 * layer + 2)).view(rows, count)
+        run = ucb_index(self.numbers, wide, alpha, price, slice(2 * layer + 1, 2 * layer + 2)).view(rows, count)
         if layer == 0:
             stop = torch.full_like(run[:, :1], -torch.inf)
         else:
             still = torch.nn.functional.pad(context, (0, self.WIDTH_FEATURES))
-            stop = ucb_index(self.numbers, still, alpha, self.price, slice(2 * layer, 2 * layer + 1))
+            stop = ucb_index(self.numbers, still, alpha, price, slice(2 * layer, 2 * layer + 1))
         return torch.cat([stop, run], 1)
 
     @torch.no_grad()
