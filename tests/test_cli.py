@@ -122,14 +122,14 @@ def test_interruption_says_how_to_resume(settings, tmp_path, monkeypatch):  # no
     import dht.train as training
     from test_train import _Stop
 
-    make = training._dynamic_trainer
+    make = training.dynamic_trainer
 
     def stopping(*args, **kwargs):
         trainer = make(*args, **kwargs)
         trainer.add_callback(_Stop(3))
         return trainer
 
-    monkeypatch.setattr(training, "_dynamic_trainer", stopping)
+    monkeypatch.setattr(training, "dynamic_trainer", stopping)
     call = ["train", "--data", settings.data, "--model", settings.model, "--batch-size", 16, "--max-length", 32]
     result = invoke(*call, "--out", tmp_path / "a", "--save-every", 2)
     assert result.exit_code == 130

@@ -65,7 +65,7 @@ class DepthPolicy(Policy):
     """Rivals that choose only when to leave; the head sets are the same for all rows.
 
     Args:
-        sets: bool [N, H], units to run in each layer.
+        sets: bool [N, H], units to run in each layer; at a layer without any all rows leave.
     """
 
     def __init__(self, sets: Tensor) -> None:
@@ -78,7 +78,9 @@ class DepthPolicy(Policy):
 
     def decide(self, view: View) -> Decision:
         choice = torch.zeros_like(view.rows)
-        if view.layer:
+        if not bool(self.sets[view.layer].any()):
+            choice = torch.full_like(choice, -1)
+        elif view.layer:
             choice = torch.where(self.stops(view), -1, choice)
         return Decision(self.sets[view.layer][None], choice)
 
@@ -141,7 +143,7 @@ class PriorPolicy(Policy):
             assert self.lengths is not None, "a length policy has lengths"
             share = torch.searchsorted(self.lengths, view.attention_mask.sum(-1)) / len(self.lengths)
         else:
-            share = token_hash(view, salt=self.seed if self.kind == "random" else 0)
+            share = token_hash(view, salt=self.seed + 1 if self.kind == "random" else 0)
         pick = (share * len(self.plans)).long().clamp(0, len(self.plans) - 1)
         wanted = self.plans[pick[view.rows], view.layer]
         sets, choice = wanted.unique(dim=0, return_inverse=True)

@@ -1,0 +1,146 @@
+"""Matched costs: the price, threshold or list of plans at which a policy spends what it may, found on validation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..cost import CostModel
+from ..hf.modeling import DHTForSequenceClassification
+from ..measure import Batch, Outcome, run_policy
+from ..policy.base import Policy
+from ..policy.baselines import PriorPolicy
+from ..policy.budget import HIGHEST, LOWEST
+
+WITHIN = 0.01
+"""How near is near enough, relative to the budget."""
+
+MOST_RUNS = 12
+"""Passes over the validation split that a search may take."""
+
+PLANS = 2000
+"""Plans that a matched list holds: steps of 1/2000 in arm frequencies."""
+
+
+def nearest(fraction_at: Callable[[float], float], start: float, budget: float) -> tuple[float, float]:
+    """The price whose measured fraction is nearest to `budget`, and that fraction.
+
+    The fraction falls with the price, in steps. From `start` the search walks in doubling steps until it has the budget
+    between two prices, then halves the gap.
+
+    Args:
+        fraction_at: measures the fraction at a price.
+    """
+    seen: dict[float, float] = {}
+    price, step = start, 0.02
+    while len(seen) < MOST_RUNS:
+        seen[price] = fraction_at(price)
+        if abs(seen[price] - budget) <= WITHIN * budget:
+            break
+        above = max((p for p, f in seen.items() if f > budget), default=None)
+        below = min((p for p, f in seen.items() if f <= budget and (above is None or p > above)), default=None)
+        if below is None:
+            price, step = min(price + step, HIGHEST), 2 * step
+        elif above is None:
+            price, step = max(price - step, LOWEST), 2 * step
+        else:
+            price = (above + below) / 2
+        if price in seen:
+            break
+    best = min(seen, key=lambda p: abs(seen[p] - budget))
+    return best, seen[best]
+
+
+def match_price(
+    model: DHTForSequenceClassification, policy: Policy | None, batches: Sequence[Batch], budget: float,
+    dtype: torch.dtype,
+) -> float:  # fmt: skip
+    """Sets the learned policy's price so that `policy` (None = it itself) meets `budget`; returns the fraction met.
+
+    Args:
+        policy: one that decides by the learned policy's price, such as the shuffled one.
+        batches: validation batches.
+    """
+    price = model.policy.price
+
+    def fraction_at(value: float) -> float:
+        price.fill_(value)
+        return run_policy(model, batches, policy, dtype=dtype).flops_fraction
+
+    model.policy.set_budget(budget)
+    best, met = nearest(fraction_at, float(price), budget)
+    price.fill_(best)
+    return met
+
+
+def match_plans(
+    kind: str, outcome: Outcome, lengths: Tensor, cost: CostModel, budget: float, seed: int = 0
+) -> PriorPolicy:
+    """A policy that ignores content, with the arm frequencies of `outcome`, tilted so that the mean FLOPs are `budget`.
+
+    The learned policy spends more on some rows than on others of the same length, so its plans dealt to rows at random
+    do not cost what they cost it. Frequencies are multiplied by exp(tilt * units), the smallest change that
+    moves the mean.
+
+    Args:
+        kind: "random", "hash" or "length".
+        outcome: of the learned policy on validation.
+        lengths: int64 [n], tokens of the validation rows, in any order.
+        budget: fraction of dense FLOPs to meet.
+    """
+    plans, counts = outcome.units.cpu().flatten(1).unique(dim=0, return_counts=True)
+    plans = plans.view(-1, *outcome.units.shape[1:])
+    order = plans.sum((1, 2)).argsort(stable=True)
+    plans, counts = plans[order], counts[order].double()
+    units, layers = plans.sum((1, 2)).double(), plans.any(-1).sum(-1).double()
+    sizes = lengths.sort().values.double().cpu()
+    per_unit = sizes * cost.token_unit + 4 * (cost.width // cost.heads) * sizes.square()
+    per_layer = sizes * cost.token_fixed
+    dense = (cost.layers * (cost.heads * per_unit + per_layer) + cost.exit_head).sum()
+
+    def dealt(tilt: float) -> Tensor:
+        weight = counts * (tilt * (units - units.mean())).exp()
+        edges = (weight / weight.sum()).cumsum(0) * PLANS
+        return torch.searchsorted(edges, torch.arange(PLANS) + 0.5).clamp_max(len(plans) - 1)
+
+    def fraction(tilt: float) -> float:
+        picked = dealt(tilt)
+        if kind == "length":
+            spent = (units[picked[place]] * per_unit + layers[picked[place]] * per_layer).sum()
+        else:
+            spent = units[picked].mean() * per_unit.sum() + layers[picked].mean() * per_layer.sum()
+        return float((spent + cost.exit_head * len(sizes)) / dense)
+
+    # As the policy deals them: a row's plan stands where its length stands among the lengths.
+    place = (torch.searchsorted(sizes, sizes) / len(sizes) * PLANS).long()
+    low, high = -20.0 / max(1.0, float(units.max())), 20.0 / max(1.0, float(units.max()))
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fraction(middle) < budget else (low, middle)
+    picked = dealt((low + high) / 2)
+    device = outcome.units.device
+    return PriorPolicy(plans[picked].to(device), kind, lengths.sort().values.to(device), seed)
+
+
+def match_confidence(outcome: Outcome, extra: float, budget: float) -> float:
+    """The threshold at which a cascade meets `budget`: rows at most that sure cost `extra` of dense more.
+
+    Args:
+        outcome: of the small model on validation.
+        extra: FLOPs of the second model as a fraction of dense.
+
+    Returns:
+        0 if the small model alone spends the budget, infinity if all rows can go on.
+    """
+    sure = outcome.exit_logits.gather(
+        1, (outcome.layers - 1).clamp_min(0)[:, None, None].expand(-1, 1, outcome.exit_logits.shape[-1])
+    )[:, 0].softmax(-1).amax(-1)  # fmt: skip
+    order = sure.argsort()
+    spent = (outcome.flops.sum() + extra * outcome.dense_flops[order].cumsum(0)) / outcome.dense_flops.sum()
+    passed = int((spent <= budget).sum())
+    if passed == len(sure):
+        return math.inf
+    return float(sure[order[passed - 1]]) if passed else 0.0
