@@ -77,20 +77,36 @@ def match_price(
 
 
 def match_plans(
-    kind: str, outcome: Outcome, lengths: Tensor, cost: CostModel, budget: float, seed: int = 0
-) -> PriorPolicy:
+    model: DHTForSequenceClassification, kind: str, batches: Sequence[Batch], outcome: Outcome, budget: float,
+    dtype: torch.dtype, seed: int = 0,
+) -> PriorPolicy:  # fmt: skip
     """A policy that ignores content, with the arm frequencies of `outcome`, tilted so that the mean FLOPs are `budget`.
 
     The learned policy spends more on some rows than on others of the same length, so its plans dealt to rows at random
-    do not cost what they cost it. Frequencies are multiplied by exp(tilt * units), the smallest change that
-    moves the mean.
+    do not cost what they cost it. Frequencies are multiplied by exp(tilt * units), the smallest change that moves the
+    mean; what the formula leaves out (padding, chance) is corrected by measuring.
 
     Args:
         kind: "random", "hash" or "length".
-        outcome: of the learned policy on validation.
-        lengths: int64 [n], tokens of the validation rows, in any order.
+        batches: of validation. outcome: of the learned policy on them.
         budget: fraction of dense FLOPs to meet.
     """
+    lengths = torch.cat([batch["attention_mask"].sum(-1) for batch in batches])
+    aim = budget
+    for _ in range(4):
+        policy = _tilted_plans(kind, outcome, lengths, model.encoder.cost, aim, seed).to(model.device)
+        policy.plans, policy.lengths = policy.plans.to(model.device), lengths.sort().values.to(model.device)
+        spent = run_policy(model, batches, policy, dtype=dtype).flops_fraction
+        if abs(spent - budget) <= WITHIN * budget:
+            break
+        aim *= budget / spent
+    return policy
+
+
+def _tilted_plans(
+    kind: str, outcome: Outcome, lengths: Tensor, cost: CostModel, budget: float, seed: int
+) -> PriorPolicy:
+    """The list of plans that costs `budget` by the formula of a row alone in its batch."""
     plans, counts = outcome.units.cpu().flatten(1).unique(dim=0, return_counts=True)
     plans = plans.view(-1, *outcome.units.shape[1:])
     order = plans.sum((1, 2)).argsort(stable=True)
@@ -121,8 +137,7 @@ def match_plans(
         middle = (low + high) / 2
         low, high = (middle, high) if fraction(middle) < budget else (low, middle)
     picked = dealt((low + high) / 2)
-    device = outcome.units.device
-    return PriorPolicy(plans[picked].to(device), kind, lengths.sort().values.to(device), seed)
+    return PriorPolicy(plans[picked], kind, None, seed)
 
 
 def match_confidence(outcome: Outcome, extra: float, budget: float) -> float:

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-
 from ..policy.baselines import DensePolicy, StaticPolicy
 from ..rivals import match_exits
 from .arms import all_arms, best_fixed, fixed_policy, oracle
@@ -126,9 +124,7 @@ def _serve_blind(kind: str, bench: Bench, budget: float, seed: int) -> Served:
     training = Training("dht", seed, budget)
     model, met = bench.ours(training, budget)
     held = bench.validation(seed)
-    lengths = torch.cat([batch["attention_mask"].sum(-1) for batch in held])
-    policy = match_plans(kind, bench.outcome(model, held), lengths, model.encoder.cost, met, seed)
-    policy.plans, policy.lengths = policy.plans.to(model.device), lengths.sort().values.to(model.device)
+    policy = match_plans(model, kind, held, bench.outcome(model, held), met, bench.dtype, seed)
     return Served(model, policy, [training], {"matched_to": met})
 
 

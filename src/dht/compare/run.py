@@ -225,8 +225,8 @@ def gather(settings: CompareSettings) -> dict[str, Any]:
     lists = {"methods": settings.methods, "budgets": settings.budgets, "seeds": settings.seeds}
     result: dict[str, Any] = {
         "settings": settings.fixed() | lists | {"ablations": settings.ablations},
-        "methods": {name: METHODS[name].line for name in settings.methods}
-        | {f"ablation:{name}": ABLATIONS[name].line for name in settings.ablations},
+        "methods": {name: {"group": METHODS[name].group, "line": METHODS[name].line} for name in settings.methods}
+        | {f"ablation:{name}": {"group": "ablation", "line": ABLATIONS[name].line} for name in settings.ablations},
         "cells": len(cells), "missing": len(cells) - len(rows),
         "verdicts": [verdict.as_json() for verdict in verdicts(rows)],
         "summary": summaries(rows), "regret": regrets, "rows": rows,

@@ -4,13 +4,40 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..config import TrainSettings
-from ..errors import ConfigError, listed
+from ..errors import ConfigError, listed, shown
 
 FREE = ("out", "methods", "budgets", "seeds", "ablations", "jobs", "keep_models")
 """Fields that may change between runs in one folder: they say which cells there are, not what is in a cell."""
+
+
+Number = TypeVar("Number", int, float)
+
+
+def listed_names(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The names in a comma-separated option; "all" stands for `known` and "none" for nothing.
+
+    >>> listed_names("b, a", ("a",)), listed_names("all", ("a", "b")), listed_names("none", ("a",))
+    (('b', 'a'), ('a', 'b'), ())
+    """
+    if text.strip() in ("all", "none"):
+        return known if text.strip() == "all" else ()
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def listed_numbers(option: str, text: str, kind: type[Number]) -> tuple[Number, ...]:
+    """The numbers in a comma-separated option.
+
+    Raises:
+        ConfigError: something in it is no number.
+    """
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise ConfigError(f"{option}: got {shown(text)}, give {what} with commas between them") from None
 
 
 @dataclass(frozen=True)

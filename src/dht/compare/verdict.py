@@ -11,7 +11,7 @@ only a tendency.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,19 +63,24 @@ class Verdict:
     """One claim at one budget.
 
     Attributes:
-        word: holds, tie, fails or open (a rival was not measured); what it tends to, if `enough` is False.
+        tendency: holds, tie, fails or open (a rival was not measured), whatever the number of seeds.
+        seeds: the fewest that any rival was met on.
     """
 
     claim: str
     budget: float
-    word: str
+    tendency: str
     seeds: int
-    enough: bool
     versus: tuple[Versus, ...]
 
+    @property
+    def word(self) -> str:
+        """The verdict: the tendency if there are seeds enough for a claim."""
+        return self.tendency if self.seeds >= ENOUGH or self.tendency == "open" else "not enough seeds"
+
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON values, the sentence included."""
-        return asdict(self) | {"sentence": self.sentence}
+        """Plain JSON values, the word and the sentence included."""
+        return asdict(self) | {"word": self.word, "sentence": self.sentence}
 
     @property
     def sentence(self) -> str:
@@ -85,17 +90,22 @@ class Verdict:
             "tie": f"not clearly above {_names(self.versus, 'level', 'unmatched')}",
             "fails": f"below {_names(self.versus, 'below')}",
             "open": f"not measured against {_names(self.versus, 'not measured')}",
-        }[self.word]
-        if self.word == "open":
-            return f"Open: {told}."
-        if not self.enough:
-            lean = {"holds": "a win", "tie": "a tie", "fails": "a loss"}[self.word]
-            return f"Not enough seeds for a claim ({self.seeds} of {ENOUGH}); it tends to {lean}: {told}."
-        return f"{self.word.capitalize()}: {told}."
+        }[self.tendency]
+        if self.word == self.tendency:
+            return f"{self.word.capitalize()}: {told}."
+        lean = {"holds": "a win", "tie": "a tie", "fails": "a loss"}[self.tendency]
+        return f"Not enough seeds for a claim ({self.seeds} of {ENOUGH}); it tends to {lean}: {told}."
 
 
-def _names(versus: Iterable[Versus], *outcomes: str) -> str:
-    return ", ".join(dict.fromkeys(f"{v.rival} ({v.measure})" for v in versus if v.outcome in outcomes))
+def _names(versus: Sequence[Versus], *outcomes: str) -> str:
+    """The rivals with one of the outcomes, by what was held equal where that differs within the claim."""
+    measures: dict[str, list[str]] = {v.measure: [] for v in versus}
+    for v in versus:
+        if v.outcome in outcomes:
+            measures[v.measure].append(v.rival)
+    if len(measures) == 1:
+        return ", ".join(*measures.values())
+    return "; ".join(f"{', '.join(names)} at equal {measure}" for measure, names in measures.items() if names)
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
@@ -111,11 +121,11 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
             versus = tuple(judge(ours, rows, budget))
             # Every rival must have been met on as many seeds as a claim needs.
             seeds = min((v.seeds for v in versus if v.seeds), default=0)
-            found.append(Verdict(claim, budget, _word(versus), seeds, seeds >= ENOUGH, versus))
+            found.append(Verdict(claim, budget, _tendency(versus), seeds, versus))
     return found
 
 
-def _word(versus: Sequence[Versus]) -> str:
+def _tendency(versus: Sequence[Versus]) -> str:
     outcomes = {v.outcome for v in versus}
     if "below" in outcomes:
         return "fails"
@@ -173,9 +183,6 @@ def _along_frontier(
     outcome, difference, half = compared(differences)
     mean = interval(spent)[0]
     return Versus(rival, measure, outcome, len(differences), difference, half, mean, mean)
-
-
-Judge = Callable[[Mapping[int, Row], Sequence[Row], float], Iterable[Versus]]
 
 
 def _per_sample(ours: Mapping[int, Row], rows: Sequence[Row], budget: float) -> Iterable[Versus]:
