@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import dht.compare.cells as cells
 import dht.compare.run as running
 from builders import batch, dynamic_model
 from dht._files import write_json
@@ -124,6 +126,30 @@ def test_a_kill_loses_only_what_was_in_progress(settings, fake, monkeypatch):
     running.run_missing(settings)
     assert fake[count:].count(lost.stem) == 1
     assert sum(key in cells for key in fake[count:]) == 1, "only the missing cell"
+
+
+def test_side_by_side_keeps_the_order_and_runs_the_same_jobs(settings, fake, monkeypatch):
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers, mp_context, initializer, initargs):
+            super().__init__(workers)
+
+    monkeypatch.setattr(running, "ProcessPoolExecutor", Pool)
+    said = []
+    running.run_missing(replace(settings, jobs=3), lambda what, done, total: said.append((what, done / total)))
+    jobs = running.jobs_of(replace(settings, out=settings.out / "empty"), SIZES)
+    assert sorted(fake) == sorted(job.item.key for job in jobs)
+    place = {key: index for index, key in enumerate(fake)}
+    for job in jobs:
+        assert all(place[key.split(":", 1)[1]] < place[job.item.key] for key in job.after)
+    assert said[-1][1] == pytest.approx(1.0)
+    assert not running.missing_cells(settings)
+
+
+def test_seconds_taken_in_a_crowd_are_marked(monkeypatch):
+    monkeypatch.setattr(cells.os, "cpu_count", lambda: 2)
+    for jobs, load, crowded in ((1, 1.2, False), (2, 1.2, True), (1, 3.1, True)):
+        monkeypatch.setattr(cells.os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert cells.conditions(jobs)["contended"] is crowded
 
 
 def test_more_seeds_and_methods_extend_a_comparison(settings, fake):
@@ -274,9 +300,8 @@ def test_the_command_end_to_end(sentences, tmp_path):
         assert row["flops_fraction_p95"] >= row["flops_fraction"] * 0.5
         assert row["settings"]["epochs"] == 1
         assert row["settings"]["data"] == sentences.name, "no path of this machine in the result"
-        assert row["timing"] | {"threads": 0} == {
-            "threads": 0, "jobs": 1, "contended": False, "batches": 1, "repeats": 1
-        }  # fmt: skip
+        assert row["timing"]["jobs"] == 1
+        assert set(row["timing"]) == {"threads", "jobs", "load", "cores", "contended", "batches", "repeats"}
         assert {"torch", "transformers", "commit"} <= set(row["versions"])
         assert row["choice"]["met_on_validation"] == pytest.approx(0.5, abs=0.1)
     assert whole["regret"]["0.5-s0"]["step"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 import subprocess
 from collections.abc import Callable
@@ -122,8 +124,6 @@ class Bench:
 
 def read_json(file: Path) -> Any:
     """What a JSON file holds."""
-    import json
-
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -138,6 +138,14 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return said[0] + ("+" if said[1] else "")
+
+
+def conditions(jobs: int) -> dict[str, Any]:
+    """Under what load the seconds were taken. Contended: our own jobs, or more at work than there are cores."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    cores = os.cpu_count() or 1
+    crowded = jobs > 1 or (load is not None and load > cores)
+    return {"threads": torch.get_num_threads(), "jobs": jobs, "load": load, "cores": cores, "contended": crowded}
 
 
 @dataclass(frozen=True)
@@ -183,9 +191,6 @@ def row_of(cell: Cell, bench: Bench, serve: Callable[[Bench, float, int], Served
         "train_time_fraction": seconds / dense["train_seconds"],
         "tuning_train_flops_fraction": sum(record["train_flops_fraction"] for record in tried.values()),
         "choice": served.choice, "trainings": [training.key for training in served.used],
-        "timing": {
-            "threads": torch.get_num_threads(), "jobs": settings.jobs, "contended": settings.jobs > 1,
-            "batches": settings.timed_batches, "repeats": settings.repeats,
-        },
+        "timing": conditions(settings.jobs) | {"batches": settings.timed_batches, "repeats": settings.repeats},
         "settings": settings.fixed(), "versions": bench.versions,
     }  # fmt: skip

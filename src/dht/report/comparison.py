@@ -119,8 +119,8 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
         said.append(f"Unfinished: {result['missing']} of {result['cells']} cells have not been run.")
     if any(row["timing"]["contended"] for row in result["rows"]):
         said.append(
-            "Some cells ran beside others on the same machine: their seconds are ratios measured in turn within one "
-            "process, but contended ones. A claim in seconds needs a run with one job."
+            "Some cells ran beside other work on the same machine: their seconds are ratios measured in turn within "
+            "one process, but contended ones. A claim in seconds needs a run with one job on a quiet machine."
         )
     commits = {row["versions"]["commit"] for row in result["rows"]}
     if len(commits) > 1:
