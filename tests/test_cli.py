@@ -37,7 +37,7 @@ def test_help_is_light_and_names_every_command():
     code = "import sys, dht.cli; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     shown = subprocess.run([*DHT, "--help"], capture_output=True, text=True, check=True).stdout
-    for command in ("demo", "train", "evaluate", "predict"):
+    for command in ("demo", "train", "evaluate", "predict", "compare"):
         assert command in shown
         described = invoke(command, "--help")
         assert described.exit_code == 0
@@ -122,14 +122,14 @@ def test_interruption_says_how_to_resume(settings, tmp_path, monkeypatch):  # no
     import dht.train as training
     from test_train import _Stop
 
-    make = training._dynamic_trainer
+    make = training.dynamic_trainer
 
     def stopping(*args, **kwargs):
         trainer = make(*args, **kwargs)
         trainer.add_callback(_Stop(3))
         return trainer
 
-    monkeypatch.setattr(training, "_dynamic_trainer", stopping)
+    monkeypatch.setattr(training, "dynamic_trainer", stopping)
     call = ["train", "--data", settings.data, "--model", settings.model, "--batch-size", 16, "--max-length", 32]
     result = invoke(*call, "--out", tmp_path / "a", "--save-every", 2)
     assert result.exit_code == 130
@@ -154,6 +154,9 @@ def test_bad_calls_are_one_line_and_exit_2(finished, settings, tmp_path, monkeyp
         (("evaluate", tmp_path / "none"), "no run.json that names the data; give --data"),
         (("predict", run, tmp_path / "none.txt"), "none.txt"),
         (("predict", run, "--budget", "2"), "--budget: got 2.0"),
+        (("compare", "--methods", "best", "--out", tmp_path / "x"), "--methods: got 'best', allowed: dense, dht, "),
+        (("compare", "--seeds", "a", "--out", tmp_path / "x"), "--seeds: got 'a', give whole numbers with commas"),
+        (("compare", "--budgets", "x", "--out", tmp_path / "x"), "--budgets: got 'x', give numbers with commas"),
         (("demo", "--budget", "-1", "--out", tmp_path / "x"), "--budget: got -1.0"),
     ]
     for arguments, text in cases:

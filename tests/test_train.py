@@ -107,7 +107,7 @@ class _Stop(TrainerCallback):
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(settings, finished, tmp_path, monkeypatch):
-    make = training._dynamic_trainer
+    make = training.dynamic_trainer
 
     def stopping(*args, **kwargs):
         trainer = make(*args, **kwargs)
@@ -116,7 +116,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(settings, finished, tmp_pa
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "_dynamic_trainer", stopping)
+        patch.setattr(training, "dynamic_trainer", stopping)
         training.train(replace(settings, out=out))
     saved = training.complete_checkpoints(out / "checkpoints")
     assert [path.name for path in saved] == ["checkpoint-10", "checkpoint-15"]

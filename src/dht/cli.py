@@ -214,6 +214,75 @@ def predict(
         sys.stdout.flush()
 
 
+@app.command()
+def compare(
+    data: Data = "vader",
+    model: Model = "minilm",
+    out: Annotated[Path, typer.Option(help="Folder of the comparison; what is finished there is kept.")] = Path(
+        "runs/compare"
+    ),
+    methods: Annotated[str, typer.Option(help="all, or names after commas; a wrong name lists them.")] = "all",
+    budgets: Annotated[str, typer.Option(help="Fractions of the dense FLOPs, after commas.")] = ".5,.26,.15,.10",
+    seeds: Annotated[str, typer.Option(help="Whole numbers, after commas; a claim needs five.")] = "0,1,2,3,4",
+    ablations: Annotated[str, typer.Option(help="none, all, or names after commas: our method, one switch each.")] = (
+        "none"
+    ),
+    jobs: Annotated[int, typer.Option(help="Processes side by side; above 1 all seconds are contended ones.")] = 1,
+    epochs: Annotated[float, typer.Option(help="Passes over the training split.")] = 3.0,
+    batch_size: BatchSize = 32,
+    lr: Annotated[float, typer.Option(help="Peak learning rate, the same for every method.")] = 1e-4,
+    max_length: MaxLength = 128,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    search: Annotated[str, typer.Option(help="tree or integrated.")] = "tree",
+    ffn: Annotated[str, typer.Option(help="coupled or dense units.")] = "coupled",
+    candidates: Annotated[int, typer.Option(help="Static shapes trained per budget; validation picks one.")] = 3,
+    timed_batches: Annotated[int, typer.Option(help="Batches of the test split that are timed.")] = 12,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each of them; the median counts.")] = 5,
+    keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep weights that no cell needs.")] = False,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+) -> None:
+    """Run every rival on the same splits and seeds, and say which claims hold, tie or fail."""
+    import json as encoder
+
+    from rich.console import Console
+
+    from .compare.ablations import ABLATIONS
+    from .compare.methods import DEFAULT
+    from .compare.progress import shown_progress
+    from .compare.run import gather, run_missing
+    from .compare.settings import CompareSettings, listed_names, listed_numbers
+    from .report.comparison import comparison_table, write_comparison
+
+    settings = CompareSettings(
+        data=data, model=model, out=out, methods=listed_names(methods, DEFAULT),
+        budgets=listed_numbers("--budgets", budgets, float), seeds=listed_numbers("--seeds", seeds, int),
+        ablations=listed_names(ablations, tuple(ABLATIONS)), jobs=jobs, epochs=epochs, batch_size=batch_size, lr=lr,
+        max_length=max_length, device=device, dtype=dtype, search=search, ffn=ffn, candidates=candidates,
+        timed_batches=timed_batches, repeats=repeats, keep_models=keep_models, text_column=text_column,
+        label_column=label_column,
+    )  # fmt: skip
+    interrupted = False
+    try:
+        with shown_progress(Console(stderr=True)) as report:
+            run_missing(settings, report)
+    except KeyboardInterrupt:
+        interrupted = True
+    result = gather(settings)
+    write_comparison(out, result)
+    Console().print(comparison_table(result))
+    for verdict in result["verdicts"]:
+        typer.echo(f"{verdict['claim']} at {verdict['budget']:g}: {verdict['sentence']}")
+    kept = ("claim", "budget", "word", "tendency", "seeds")
+    verdicts = [{key: verdict[key] for key in kept} for verdict in result["verdicts"]]
+    typer.echo(encoder.dumps({"cells": result["cells"], "missing": result["missing"], "verdicts": verdicts}))
+    _say(f"result: {out / 'compare.json'}; page: {out / 'page.html'}")
+    if interrupted:
+        _say("interrupted; the same command goes on where it stopped")
+        raise typer.Exit(130)
+
+
 def main() -> None:
     """Entry point: errors that a user can act on are one line on stderr and exit status 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

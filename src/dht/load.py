@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,12 @@ def device_of(name: str) -> torch.device:
 
 
 def build(
-    settings: TrainSettings, label_names: list[str]
+    settings: TrainSettings, label_names: list[str], extra: Mapping[str, Any] | None = None
 ) -> tuple[DHTForSequenceClassification, PreTrainedTokenizerBase]:
     """A dynamic model ready for training, and its tokenizer.
+
+    Args:
+        extra: further fields of `DHTConfig`.
 
     Raises:
         DHTError: the model cannot be found, loaded or converted.
@@ -59,6 +62,7 @@ def build(
         "ffn": settings.ffn,
         "budget": settings.budget,
         "policy_seed": settings.seed,
+        **(extra or {}),
     }
     tokenizer: PreTrainedTokenizerBase
     if settings.model in PRESETS:

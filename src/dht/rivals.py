@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -79,26 +79,58 @@ def _exit_rule(name: str, model: DHTForSequenceClassification, budget: float, ca
     best: tuple[float, Policy] | None = None
     for width in model.policy.widths:
         sets = StaticPolicy(model.config.num_hidden_layers, width, model.policy.ranking()).sets
-        never = ConfidencePolicy(sets, 2.0)
-        outcome = run_policy(model, calibration, never)
-        layers = outcome.units.shape[1]
-        per_layer = outcome.flops[:, None].expand(-1, layers) / layers
-        depths = _Depths(sets, outcome, per_layer.cumsum(1))
-        find = _confidence_depth if name == "confidence" else _patience_depth
-        low, high = (0.0, 1.0) if name == "confidence" else (0.0, float(layers))
-        if depths.judged(find(outcome, low))[0] > budget and best is not None:
-            continue
-        for _ in range(30):
-            middle = (low + high) / 2
-            if depths.judged(find(outcome, middle))[0] > budget:
-                high = middle
-            else:
-                low = middle
-        accuracy = depths.judged(find(outcome, low))[1]
-        if best is None or accuracy > best[0]:
-            best = accuracy, (ConfidencePolicy if name == "confidence" else PatiencePolicy)(sets, low)
+        found = match_exits(name, model, sets, budget, calibration)
+        if best is None or (found.affordable and found.accuracy > best[0]):
+            best = found.accuracy, found.policy
     assert best is not None
     return best[1]
+
+
+@dataclass
+class MatchedExits:
+    """An exit rule matched to a budget.
+
+    Attributes:
+        policy: the rule. threshold: its confidence or patience.
+        accuracy: on the calibration rows.
+        affordable: False if even leaving at the first exit costs more than the budget.
+    """
+
+    policy: Policy
+    threshold: float
+    accuracy: float
+    affordable: bool
+
+
+def match_exits(
+    name: str,
+    model: DHTForSequenceClassification,
+    sets: Tensor,
+    budget: float,
+    calibration: Sequence[Batch],
+    dtype: torch.dtype = torch.float32,
+) -> MatchedExits:
+    """The rule "confidence" or "patience" on fixed head sets, its threshold matched to `budget`.
+
+    Args:
+        sets: bool [N, H]; layers without a unit are never run.
+        calibration: labelled validation batches.
+    """
+    depth = int(sets.any(-1).sum())
+    outcome = run_policy(model, calibration, ConfidencePolicy(sets, 2.0), dtype=dtype)
+    outcome = replace(outcome, exit_logits=outcome.exit_logits[:, :depth])
+    depths = _Depths(sets, outcome, (outcome.flops[:, None].expand(-1, depth) / depth).cumsum(1))
+    find = _confidence_depth if name == "confidence" else _patience_depth
+    low, high = (0.0, 1.0) if name == "confidence" else (0.0, float(depth))
+    affordable = depths.judged(find(outcome, low))[0] <= budget
+    for _ in range(30):
+        middle = (low + high) / 2
+        if depths.judged(find(outcome, middle))[0] > budget:
+            high = middle
+        else:
+            low = middle
+    policy = (ConfidencePolicy if name == "confidence" else PatiencePolicy)(sets, low)
+    return MatchedExits(policy, low, depths.judged(find(outcome, low))[1], affordable)
 
 
 def _first(stop: Tensor) -> Tensor:

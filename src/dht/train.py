@@ -8,7 +8,8 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,6 +45,30 @@ COMPLETE = "complete.json"
 
 Say = Callable[[str], None]
 Rows = dict[str, list[dict[str, Any]]]
+MakeTrainer = Callable[
+    [TrainSettings, DHTForSequenceClassification, PreTrainedTokenizerBase, Rows, Path, bool], Trainer
+]
+"""Settings, model, tokenizer, rows, folder of checkpoints and whether a checkpoint is resumed -> a trainer."""
+
+
+@dataclass
+class Fitted:
+    """A trained model that was neither evaluated nor saved.
+
+    Attributes:
+        rows: the tokenised train and validation splits.
+        steps: batches trained on.
+        history: what the ledger noted over training; empty for dense training.
+        report: resumed, train_flops_fraction, train_seconds.
+    """
+
+    model: DHTForSequenceClassification
+    tokenizer: PreTrainedTokenizerBase
+    data: TextData
+    rows: Rows
+    steps: int
+    history: list[dict[str, float]]
+    report: dict[str, Any]
 
 
 def train(
@@ -60,6 +85,39 @@ def train(
         DHTError: bad settings or data, or a run in the way.
         KeyboardInterrupt: passed on; the last checkpoint stays usable.
     """
+    fitted = fit(settings, resume=resume, overwrite=overwrite, say=say)
+    model, tokenizer, data, report = fitted.model, fitted.tokenizer, fitted.data, fitted.report
+    if fitted.history:
+        write_json(settings.out / "history.json", fitted.history)
+    say("timing dense training steps on the same batches")
+    dense = report["train_seconds"]
+    if not settings.dense:
+        dense = dense_step_seconds(model, _sample(fitted.rows["train"], tokenizer, settings), settings) * fitted.steps
+    report |= {"dense_train_seconds": dense, "train_time_fraction": report["train_seconds"] / dense}
+    report |= evaluate_run(model, tokenizer, data, settings, split="test" if data.test else "validation")
+    save_run(settings.out, model, tokenizer, report)
+    return report
+
+
+def fit(
+    settings: TrainSettings,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Say = lambda _: None,
+    make: MakeTrainer | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Fitted:
+    """Trains and readies the policy for serving; the test split is not looked at.
+
+    Args:
+        resume, overwrite, say: as for `train`.
+        make: makes the trainer; None = dense or dynamic, as the settings say.
+        options: fields of `DHTConfig` beyond those that the settings have.
+
+    Raises:
+        DHTError: as for `train`.
+    """
     settings.check()
     device = device_of(settings.device)
     checkpoints = settings.out / "checkpoints"
@@ -73,7 +131,7 @@ def train(
     for note in data.notes:
         say(note)
     set_seed(settings.seed)
-    model, tokenizer = build(settings, data.label_names)
+    model, tokenizer = build(settings, data.label_names, options)
     cast(nn.Module, model).to(device)
     rows = {name: tokenise(tokenizer, getattr(data, name), settings.max_length) for name in ("train", "validation")}
     write_json(settings.out / "run.json", settings.as_json())
@@ -81,29 +139,20 @@ def train(
         say(f"resuming from {start}")
 
     started = time.perf_counter()
-    trainer = (_dense_trainer if settings.dense else _dynamic_trainer)(
-        settings, model, tokenizer, rows, checkpoints, resuming=bool(start)
-    )
+    make = make or (dense_trainer if settings.dense else dynamic_trainer)
+    trainer = make(settings, model, tokenizer, rows, checkpoints, bool(start))
     trainer.add_callback(_MarkComplete())
     _run(trainer, checkpoints, start)
-    report: dict[str, Any] = {"resumed": bool(start)}
     if isinstance(trainer, DHTTrainer):
         finish(trainer, _feedback(settings, tokenizer, rows["validation"], device), settings.budget)
-        report["train_flops_fraction"] = trainer.ledger.fraction
-        write_json(settings.out / "history.json", trainer.ledger.history)
-    else:
-        report["train_flops_fraction"] = 1.0
-    report["train_seconds"] = time.perf_counter() - started
-
-    say("timing dense training steps on the same batches")
+    ledger: Ledger | None = getattr(trainer, "ledger", None)
+    report = {
+        "resumed": bool(start),
+        "train_flops_fraction": ledger.fraction if ledger else 1.0,
+        "train_seconds": time.perf_counter() - started,
+    }
     steps = trainer.state.global_step * settings.accumulate
-    dense = report["train_seconds"]
-    if not settings.dense:
-        dense = dense_step_seconds(model, _sample(rows["train"], tokenizer, settings), settings) * steps
-    report |= {"dense_train_seconds": dense, "train_time_fraction": report["train_seconds"] / dense}
-    report |= evaluate_run(model, tokenizer, data, settings, split="test" if data.test else "validation")
-    _save(settings.out, model, tokenizer, report)
-    return report
+    return Fitted(model, tokenizer, data, rows, steps, ledger.history if ledger else [], report)
 
 
 def _run(trainer: Trainer, checkpoints: Path, start: Path | None) -> None:
@@ -173,7 +222,8 @@ class _MarkComplete(TrainerCallback):
             )
 
 
-def _arguments(settings: TrainSettings, checkpoints: Path) -> TrainingArguments:
+def arguments(settings: TrainSettings, checkpoints: Path) -> TrainingArguments:
+    """The `Trainer` arguments that every training shares, whatever it trains."""
     saving: dict[str, Any] = {"save_strategy": "epoch"}
     if settings.save_every:
         saving = {"save_strategy": "steps", "save_steps": settings.save_every}
@@ -200,7 +250,7 @@ def _arguments(settings: TrainSettings, checkpoints: Path) -> TrainingArguments:
     )
 
 
-def _dense_trainer(
+def dense_trainer(
     settings: TrainSettings,
     model: DHTForSequenceClassification,
     tokenizer: PreTrainedTokenizerBase,
@@ -208,16 +258,17 @@ def _dense_trainer(
     checkpoints: Path,
     resuming: bool,
 ) -> Trainer:
+    """Trains the plain full model: one exit, no policy."""
     model.active_policy = DensePolicy(model.config.num_attention_heads)
     trainer = Trainer(
-        model, _arguments(settings, checkpoints), train_dataset=rows["train"],
+        model, arguments(settings, checkpoints), train_dataset=rows["train"],
         data_collator=lambda batch: collate(tokenizer, batch),
     )  # fmt: skip
     trainer.model_accepts_loss_kwargs = False
     return trainer
 
 
-def _dynamic_trainer(
+def dynamic_trainer(
     settings: TrainSettings,
     model: DHTForSequenceClassification,
     tokenizer: PreTrainedTokenizerBase,
@@ -225,24 +276,30 @@ def _dynamic_trainer(
     checkpoints: Path,
     resuming: bool,
 ) -> DHTTrainer:
-    ledger = Ledger()
-    if not resuming:
-        sample = _sample(rows["train"], tokenizer, settings, CALIBRATION_BATCHES)
-        sample = [{key: value.to(model.device) for key, value in batch.items()} for batch in sample]
-        with autocast(model.device, getattr(torch, settings.dtype)):
-            passes = calibrate(model, sample)
-        dense = sum(float(model.encoder.cost.dense(batch["attention_mask"].sum(-1)).sum()) for batch in sample)
-        ledger.executed += passes * dense / len(sample)
+    """Trains weights and policy together; calibrates the model first unless a run is resumed."""
+    ledger = Ledger() if resuming else calibrated(settings, model, tokenizer, rows)
     feedback = _feedback(settings, tokenizer, rows["validation"], model.device)
     return DHTTrainer(
         model,
-        _arguments(settings, checkpoints),
+        arguments(settings, checkpoints),
         train_dataset=rows["train"],
         data_collator=lambda batch: collate(tokenizer, batch),
         schedule=Schedule(settings.budget, settings.warm_start, settings.settle),
         feedback=lambda step: feedback[step % len(feedback)],
         ledger=ledger,
     )
+
+
+def calibrated(
+    settings: TrainSettings, model: DHTForSequenceClassification, tokenizer: PreTrainedTokenizerBase, rows: Rows
+) -> Ledger:
+    """Calibrates the model on training batches; returns a ledger charged with what that cost."""
+    sample = _sample(rows["train"], tokenizer, settings, CALIBRATION_BATCHES)
+    sample = [{key: value.to(model.device) for key, value in batch.items()} for batch in sample]
+    with autocast(model.device, getattr(torch, settings.dtype)):
+        passes = calibrate(model, sample)
+    dense = sum(float(model.encoder.cost.dense(batch["attention_mask"].sum(-1)).sum()) for batch in sample)
+    return Ledger(executed=passes * dense / len(sample))
 
 
 def _sample(
@@ -322,10 +379,10 @@ def evaluate_run(
     return report | {"full_depth_accuracy": full.accuracy}
 
 
-def _save(
+def save_run(
     out: Path, model: DHTForSequenceClassification, tokenizer: PreTrainedTokenizerBase, report: dict[str, Any]
 ) -> None:
-    """The model last, so that a folder with a `config.json` is a finished run."""
+    """Writes a finished run: the model last, so that a folder with a `config.json` is a finished run."""
     model.active_policy = None
     staged = out / ".model"
     with explained(out):

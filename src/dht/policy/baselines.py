@@ -65,7 +65,7 @@ class DepthPolicy(Policy):
     """Rivals that choose only when to leave; the head sets are the same for all rows.
 
     Args:
-        sets: bool [N, H], units to run in each layer.
+        sets: bool [N, H], units to run in each layer; at a layer without any all rows leave.
     """
 
     def __init__(self, sets: Tensor) -> None:
@@ -78,7 +78,9 @@ class DepthPolicy(Policy):
 
     def decide(self, view: View) -> Decision:
         choice = torch.zeros_like(view.rows)
-        if view.layer:
+        if not bool(self.sets[view.layer].any()):
+            choice = torch.full_like(choice, -1)
+        elif view.layer:
             choice = torch.where(self.stops(view), -1, choice)
         return Decision(self.sets[view.layer][None], choice)
 
@@ -135,6 +137,11 @@ class PriorPolicy(Policy):
         lengths: int64 [P], tokens of the rows that the plans were executed on (for "length").
     """
 
+    plans: Tensor
+    share_of_plan: Tensor
+    lengths: Tensor
+    share_of_length: Tensor
+
     def __init__(
         self, plans: Tensor, kind: str, weights: Tensor | None = None, lengths: Tensor | None = None, seed: int = 0
     ) -> None:
@@ -142,10 +149,12 @@ class PriorPolicy(Policy):
         self.name, self.kind, self.seed = kind, kind, seed
         weights = torch.ones(len(plans), device=plans.device) if weights is None else weights
         by_cost = plans.sum((1, 2)).argsort(stable=True)
-        self.plans, self.share_of_plan = plans[by_cost], _cumulative(weights[by_cost])
-        if lengths is not None:
-            by_length = lengths.argsort(stable=True)
-            self.lengths, self.share_of_length = lengths[by_length], _cumulative(weights[by_length])
+        ordered = torch.zeros(0) if lengths is None else lengths.sort().values
+        for name, tensor in (
+            ("plans", plans[by_cost]), ("share_of_plan", _cumulative(weights[by_cost])),
+            ("lengths", ordered), ("share_of_length", _cumulative(ordered)),
+        ):  # fmt: skip
+            self.register_buffer(name, tensor, persistent=False)
 
     def decide(self, view: View) -> Decision:
         if self.kind == "length":
@@ -155,7 +164,7 @@ class PriorPolicy(Policy):
             ends = [torch.searchsorted(self.lengths, tokens, right=right) for right in (False, True)]
             share = (edges[ends[0]] + edges[ends[1]]) / 2
         else:
-            share = token_hash(view, salt=self.seed if self.kind == "random" else 0)
+            share = token_hash(view, salt=self.seed + 1 if self.kind == "random" else 0)
         pick = torch.searchsorted(self.share_of_plan, share, right=True).clamp_max(len(self.plans) - 1)
         wanted = self.plans[pick[view.rows], view.layer]
         sets, choice = wanted.unique(dim=0, return_inverse=True)
@@ -165,7 +174,7 @@ class PriorPolicy(Policy):
 def _cumulative(weights: Tensor) -> Tensor:
     """Float64 [P], running share of the total, ending at 1."""
     running = weights.to(torch.float64).cumsum(0)
-    return running / running[-1]
+    return running / running[-1:]
 
 
 def token_hash(view: View, salt: int = 0) -> Tensor:

@@ -45,9 +45,8 @@ def render_page(
     Returns:
         The document as text, safe to encode as UTF-8.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["csp_hash"] = _csp_hash
-    template = environment.from_string(resources.files("dht.report").joinpath("page.html.j2").read_text("utf-8"))
+    environment = page_environment()
+    template = environment.from_string(page_part("page.html.j2"))
     given = meta or {}
     details = {key: _plain(given[key]) if given.get(key) else "" for key in META}
     pictures, absent = _pictures(report, list(points) or _own_points(report), history or [])
@@ -61,9 +60,22 @@ def render_page(
         figures=_figures(report),
         sample_count=len(samples),
         data=_embedded(_payload(report, samples)),
+        base_css=Markup(page_part("base.css")),
         chart_css=Markup(CHART_CSS),
     )
     return str(page).encode("utf-8", "replace").decode("utf-8")
+
+
+def page_environment() -> Environment:
+    """What every page is rendered with: escaping on, unknown names an error."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["csp_hash"] = _csp_hash
+    return environment
+
+
+def page_part(name: str) -> str:
+    """A template or style sheet of this package."""
+    return resources.files("dht.report").joinpath(name).read_text("utf-8")
 
 
 def _headlines(report: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
