@@ -1,4 +1,7 @@
-"""What every test shares: two threads (or OMP_NUM_THREADS), fixed seeds, no hub, unwritten tensor rows that show as NaN, embedded assets."""
+"""What every test shares: two threads (or OMP_NUM_THREADS), fixed seeds, no hub, embedded assets.
+
+Tensor rows that nobody wrote show as NaN.
+"""
 
 from __future__ import annotations
 

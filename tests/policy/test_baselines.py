@@ -61,7 +61,9 @@ def test_prior_policies_ignore_the_content_and_keep_the_frequencies():
         policy = PriorPolicy(plans, kind)
         share = torch.bincount(run_policy(model, many, policy).layers, minlength=4) / 1000
         torch.testing.assert_close(share, torch.tensor([0.0, 0.5, 0.25, 0.25]), atol=0.06, rtol=0)
-    by_length = run_policy(model, [batch((5, 30, 60), seed=0)], PriorPolicy(plans, "length", None, lengths)).layers
+    by_length = run_policy(
+        model, [batch((5, 30, 60), seed=0)], PriorPolicy(plans, "length", lengths.double(), lengths)
+    ).layers
     assert by_length.tolist() == [1, 2, 3]
 
 

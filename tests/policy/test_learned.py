@@ -172,32 +172,55 @@ def test_non_finite_gate_gradients_are_left_out():
     assert bool(model.policy.units.moment.isfinite().all())
 
 
+def test_below_zero_the_price_deals_out_depth_and_not_width():
+    for search in ("tree", "integrated"):
+        model = dynamic_model(search=search)
+        inputs = batch((6,) * 40)
+        inputs.pop("labels")
+        model.policy.price.fill_(0.0)
+        free = model(**inputs, mode="explore").trace
+        for price, share in ((-1.0, 1.0), (-0.5, 0.5)):
+            model.policy.price.fill_(price)
+            trace = model(**inputs, mode="explore").trace
+            deep = trace.layers == 3
+            assert bool((trace.layers >= free.layers).all())
+            assert float(deep.double().mean()) >= share - 0.2
+            assert torch.equal(trace.units[:, 0].sum(-1), free.units[:, 0].sum(-1)), "widths are as at no price"
+
+
 def test_folded_greedy_weights_equal_the_index():
     model = taught(rounds=4)
     policy = model.policy
     context = torch.randn(9, policy.num_features, dtype=torch.float64)
     context[:, 0] = 1.0
     for price in (0.0, 0.3):
-        policy.price.fill_(price)
         for layer in range(3):
-            plain = policy._index(layer, context, 0.0)[:, (1 if layer == 0 else 0) :]
-            torch.testing.assert_close(context @ policy._greedy_weights(layer), plain)
+            plain = policy._index(layer, context, 0.0, price)[:, (1 if layer == 0 else 0) :]
+            torch.testing.assert_close(context @ policy._greedy_weights(layer, price), plain)
     policy.numbers.update(torch.ones(1, 14, dtype=torch.float64), torch.ones(1, 6), torch.ones(1, 6, 2))
-    plain = policy._index(1, context, 0.0)
-    torch.testing.assert_close(context @ policy._greedy_weights(1), plain, msg="kept weights follow the posterior")
+    plain = policy._index(1, context, 0.0, 0.3)
+    torch.testing.assert_close(context @ policy._greedy_weights(1, 0.3), plain, msg="kept weights follow the posterior")
 
 
-def test_the_prior_is_a_confidence_threshold_and_does_not_fade():
+def test_the_prior_is_one_confidence_threshold_at_the_narrowest_width_and_does_not_fade():
     model = dynamic_model(forgetting=0.9)
     policy = model.policy
-    policy.price.fill_(1.0)
-    sure = torch.linspace(0.4, 0.99, 30, dtype=torch.float64)
-    context = torch.zeros(30, policy.num_features, dtype=torch.float64)
+    sure = torch.linspace(0.4, 0.99, 60, dtype=torch.float64)
+    context = torch.zeros(60, policy.num_features, dtype=torch.float64)
     context[:, 0], context[:, 1], context[:, 2], context[:, 3], context[:, 6] = 1.0, 0.5, sure, sure.square(), 1.0
     context[:, 4], context[:, 5], context[:, 7] = 1 - sure, 2 * sure - 1, sure
-    stops = (context @ policy._greedy_weights(1)).argmax(-1) == 0
-    assert stops.tolist() == sorted(stops.tolist()), "the surer, the sooner it leaves"
-    assert len(set(stops.tolist())) == 2
+    blind = torch.zeros_like(context)
+    blind[:, :2] = context[:, :2]
+    left = []
+    for layer in range(3):
+        index = policy._index(layer, context if layer else blind, 0.0, 0.3)
+        assert index[:, 1:].argmax(-1).eq(0).all(), "the narrowest width"
+        if layer:
+            stops = index.argmax(-1) == 0
+            assert stops.tolist() == sorted(stops.tolist()), "the surer, the sooner it leaves"
+            left.append(int(stops.sum()))
+    assert min(left) > 0
+    assert max(left) - min(left) <= 6, "one threshold for all layers"
     pulls = policy.numbers.pulls[2:].clone()
     for _ in range(30):
         run(model, "probe")

@@ -53,15 +53,15 @@ def all_arms(model: DHTForSequenceClassification, batches: Sequence[Batch], dtyp
     layers, ranking = model.config.num_hidden_layers, model.policy.ranking()
     shapes, answers, flops, plans = [], [], [], []
     lengths = torch.cat([batch["attention_mask"].sum(-1) for batch in batches]).cpu()
-    head = model.encoder.cost.exit(lengths, model.encoder.exits[0].queries is not None)
+    heads = [model.encoder.cost.exit(lengths, exit_.queries is not None) for exit_ in model.encoder.exits]
     for width in model.policy.widths:
         sets = StaticPolicy(layers, width, ranking).sets
         outcome = run_policy(model, batches, ConfidencePolicy(sets, 2.0), dtype=dtype)
-        layer = outcome.flops / layers - head
+        layer = (outcome.flops - torch.stack(heads).sum(0)) / layers
         for depth in range(1, layers + 1):
             shapes.append((depth, width))
             answers.append(outcome.exit_logits[:, depth - 1].argmax(-1))
-            flops.append(depth * layer + head)
+            flops.append(depth * layer + heads[depth - 1])
             plans.append(sets.cpu() & (torch.arange(layers) < depth)[:, None])
     return Arms(
         shapes, torch.stack(answers, 1), torch.stack(flops, 1), outcome.labels, outcome.dense_flops, torch.stack(plans)

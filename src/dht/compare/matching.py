@@ -98,8 +98,8 @@ def match_plans(
 
 
 def _tilted(outcome: Outcome, budget: float) -> Tensor:
-    """Float64 [n], how often each row's plan counts so that the mean fraction is `budget`, or as near as plans allow."""
-    fraction = outcome.flops / outcome.dense_flops
+    """Float64 [n], how often each row's plan counts so that the mean fraction is `budget`, or as near as can be."""
+    fraction = outcome.units.double().mean((1, 2))
     low, high = -100.0, 100.0
     for _ in range(40):
         middle = (low + high) / 2
