@@ -93,13 +93,32 @@ def test_exploration_is_the_share_of_survey_steps():
 
 def test_optimism_acts():
     """An arm that nobody has tried is tried while exploring, and not while exploiting."""
-    model = taught(alpha=50.0, exploration=0.0)
+    model = taught(alpha=50.0, exploration=0.0, train_widths="all")
     model.policy.numbers.gram[-1] = 0.0  # the last layer at full width: unseen again
     model.policy.numbers.moment[-1] = 0.0
     explored = run(model, "explore")[0].trace
     assert bool((explored.arm[:, 2] == len(model.policy.widths)).all())
     exploited = run(model, "exploit")[0].trace
     assert not bool((exploited.arm[:, 2] == len(model.policy.widths)).any())
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_training_rows_choose_their_width_only_if_asked(search):
+    for train_widths, expected in (("narrowest", {0, 2}), ("all", {0, 2, 4, 5})):
+        model = dynamic_model(search=search, alpha=0.0, train_widths=train_widths)
+        model.policy.price.fill_(0.0)
+        used = set()
+        for layer in range(3):  # running on with all units is worth most, as the first rewards often say
+            wide = torch.ones(1, model.policy.numbers.num_features, dtype=torch.float64)
+            arms = model.policy.numbers.num_arms
+            model.policy.numbers.update(wide, torch.full((1, arms), 1e4), torch.ones(1, arms, 2))
+        for mode in ("explore", "probe"):
+            for _ in range(4):
+                trace = run(model, mode)[0].trace
+                used |= set(trace.units.sum(-1).flatten().tolist()) if mode == "explore" else set()
+                model.policy.finish_step()
+        assert used <= expected, layer
+    assert len(set(run(model, "probe")[0].trace.units.sum(-1)[:, 0].tolist())) > 1, "held-out rows try every width"
 
 
 def test_sigma_and_head_sets_act():

@@ -29,7 +29,9 @@ class DHTConfig(PreTrainedConfig):
         search: "tree" or "integrated".
         ffn: "coupled" (a head unit carries 1/H of the FFN) or "dense" (attention heads alone).
         widths: ascending numbers of head units to choose among; None = from the budget B: K = H sqrt(B), which leaves
-            the same share of the depth, and a third more.
+            the same share of the depth, and all H.
+        train_widths: "narrowest": training rows run the narrowest width, and wider ones are learned of from held-out
+            rows and full steps; "all": training rows choose their width too (decision 6).
         context_projection: random directions of the mean embedding that the first decision sees.
         ridge: lambda, the prior precision of every arm.
         forgetting: gamma in (0, 1], discount per observed decision.
@@ -70,13 +72,14 @@ class DHTConfig(PreTrainedConfig):
     search: str = "tree"
     ffn: str = "coupled"
     widths: list[int] | None = None
+    train_widths: str = "narrowest"
     context_projection: int = 8
     ridge: float = 1.0
     forgetting: float = 0.9998
     alpha: float = 0.05
     sigma: float = 0.3
     unit_weight: float = 0.05
-    exploration: float = 0.02
+    exploration: float = 0.03
     head_sets: int = 1
     reward: str = "correct"
     budget: float = 1.0
@@ -86,8 +89,8 @@ class DHTConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.widths is None:
             heads = self.num_attention_heads
-            even = heads * math.sqrt(min(max(self.budget, 0.0), 1.0))
-            self.widths = sorted({min(heads, max(1, round(even * third / 3))) for third in (3, 4)})
+            even = round(heads * math.sqrt(min(max(self.budget, 0.0), 1.0)))
+            self.widths = sorted({max(1, even), heads})
         super().__post_init__(**kwargs)
 
     @property
@@ -122,6 +125,7 @@ class DHTConfig(PreTrainedConfig):
             "norm": ("post", "pre"),
             "pooling": ("attention", "mean", "cls"),
             "last_pooling": (None, "attention", "mean", "cls"),
+            "train_widths": ("narrowest", "all"),
             "search": ("tree", "integrated"),
             "ffn": ("coupled", "dense"),
             "reward": ("correct", "probability"),

@@ -45,8 +45,10 @@ class IntegratedPolicy(LearnedPolicy):
         rows, count = len(context), len(self.widths)
         alpha = 0.0 if view.mode == "exploit" else self.alpha
         wide = self._with_every_width(context)
-        index = ucb_index(self.numbers, wide, alpha, self._index_price(view))  # [R * K, N]
-        arm = choose(index.view(rows, count, self.layers).transpose(1, 2).flatten(1))
+        index = ucb_index(self.numbers, wide, alpha, self._index_price(view)).view(rows, count, self.layers)
+        if view.mode == "explore":
+            index[:, self.explored :] = -torch.inf
+        arm = choose(index.transpose(1, 2).flatten(1))
         if view.mode == "explore":
             arm = torch.where(self._carried_on(view), (self.layers - 1) * count + arm % count, arm)
         elif view.mode == "probe":

@@ -49,6 +49,7 @@ class LearnedPolicy(Policy):
         self.num_features = EXIT_FEATURES + config.context_projection
         self.alpha, self.sigma = config.alpha, config.sigma
         self.max_sets, self.seed = config.head_sets, config.policy_seed
+        self.explored = len(self.widths) if config.train_widths == "all" else 1  # widths that training rows try
         features = self.num_features + self.WIDTH_FEATURES
         self.numbers = LinearPosterior(num_arms, features, 2, config.ridge, config.forgetting)
         self.units = LinearPosterior(self.layers * self.heads, self.num_features, 1, config.ridge)

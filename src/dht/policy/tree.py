@@ -50,7 +50,8 @@ class TreePolicy(LearnedPolicy):
             arm = arm + 1
         wants_stop = arm == 0
         if view.mode != "exploit":
-            index = self._index(view.layer, context, self.alpha, price)
+            widths = self.explored if view.mode == "explore" else len(self.widths)
+            index = self._index(view.layer, context, self.alpha, price)[:, : 1 + widths]
             onward = choose(index[:, 1:]) + 1
             if view.mode == "explore":
                 arm = torch.where(self._carried_on(view), onward, choose(index))
