@@ -33,7 +33,7 @@ def reference(
     keep = attention_mask.bool()
     batch, length = input_ids.shape
     emb = encoder.embeddings
-    place = torch.arange(length).expand(batch, length)
+    place = torch.arange(length, device=input_ids.device).expand(batch, length)
     if emb.position_offset:
         place = (keep.cumsum(-1) - 1).clamp_min(0) + emb.position_offset
     hidden = emb.words(input_ids) + emb.positions(place)
@@ -66,7 +66,7 @@ def reference(
         active = plan.units[:, layer].any(-1)[:, None, None]
         hidden = torch.where(active, new, hidden)
         if encoder.pooling[layer] == "cls":
-            pooled = hidden[torch.arange(batch), keep.int().argmax(-1)]
+            pooled = hidden[torch.arange(batch, device=hidden.device), keep.int().argmax(-1)]
         else:
             pooled = (hidden * keep[..., None]).sum(1) / keep.sum(-1, keepdim=True)
         exits.append(encoder.exit(layer + 1, pooled))
