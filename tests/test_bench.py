@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import dht.bench.growth as growth
+import dht.bench.inputs as inputs
 import dht.bench.parity as parity
 from builders import batch, dynamic_model
+from dht._files import write_json
 from dht.bench.contend import planned
 from dht.bench.header import commit
 from dht.bench.inputs import Rows
@@ -22,6 +24,7 @@ from dht.bench.settings import parse, short_name
 from dht.bench.speed import Call, Contender, Times, rows_of, take_turns
 from dht.cost import CostModel
 from dht.errors import ConfigError, DHTError
+from dht.load import build
 from dht.model.block import Block
 from dht.model.execute import execute
 from dht.plan import Trace
@@ -29,19 +32,37 @@ from dht.policy.baselines import DensePolicy, FixedPlan
 from dht.report.growth import growth_chart
 from dht.report.speed import print_speed
 from test_cli import invoke, refused
-from test_train import encoder, finished, sentences, settings  # noqa: F401
+from test_train import encoder, sentences, settings  # noqa: F401
 
 MINILM = CostModel(width=384, heads=12, ffn=1536, layers=6, classes=2, coupled=True)
 BERT = CostModel(width=768, heads=12, ffn=3072, layers=12, classes=2, coupled=True)
 
 
 @pytest.fixture(scope="module")
-def result(finished, settings, tmp_path_factory):  # noqa: F811
-    """A small table of a trained run, as the command makes it: its output and the full JSON."""
+def run_folder(settings, tmp_path_factory):  # noqa: F811
+    """A run that was never trained: its policy decides by its prior, which is all that timing needs."""
+    folder = tmp_path_factory.mktemp("runs") / "untrained"
+    torch.manual_seed(0)
+    model, tokenizer = build(settings, ["negative", "positive"])
+    with torch.no_grad():
+        for exit_ in model.encoder.exits:
+            exit_.classifier.weight.mul_(20.0)  # rows that differ in confidence leave at different layers
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_json(folder / "run.json", {"data": settings.data})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(run_folder, tmp_path_factory):
+    """A small table of a run, as the command makes it: its output and the full JSON."""
     target = tmp_path_factory.mktemp("bench") / "deep" / "table.json"
-    call = ["bench", "--model", finished[0], "--data", settings.data, "--batch", "1,4", "--training-batch", 4]
+    call = ["bench", "--model", run_folder, "--batch", "1,4", "--training-batch", 4]
     call += ["--tokens", "9,mix", "--fractions", "1.0,.5", "--dtype", "float32,bfloat16", "--json", target]
-    done = invoke(*call)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "TIMED_ROWS", 4)
+        patch.setattr(inputs, "SINGLE_ROWS", 2)
+        done = invoke(*call)
     assert done.exit_code == 0, done.output
     return done, json.loads(target.read_text())
 
@@ -89,7 +110,8 @@ def test_the_last_line_is_json_and_the_table_is_for_people(result):
     assert "/" not in "".join(header["settings"]["models"]), "a result tells nothing of the machine's folders"
     assert "realised" not in done.stdout
     assert "inference, float32" in done.stderr
-    assert max(map(len, done.stderr.split("left out")[0].splitlines()[1:])) <= 120
+    table = [line for line in done.stderr.splitlines() if not line.startswith(("dht:", "left out:"))]
+    assert max(map(len, table[1:])) <= 120
     assert set(full["parity"]) == {short_name(header["settings"]["models"][0])}
     assert all(0 <= value < 1e-3 for value in full["parity"][header["settings"]["models"][0]].values())
 
@@ -123,11 +145,7 @@ def test_shapes_hit_the_fraction(kind, fraction, cost):
     shape = shape_for(kind, fraction, cost, 32)
     lengths, rows = torch.full((60,), 32), range(60)
     units = plan_of(shape, rows, cost.heads, torch.Generator().manual_seed(0), worst=kind == "worst").units
-    spent = sum(
-        cost.layer(lengths, units[:, layer].sum(-1), 32) * units[:, layer].any(-1)
-        for layer in range(60)
-        if layer < cost.layers
-    )
+    spent = sum(cost.layer(lengths, layer.sum(-1), 32) * layer.any(-1) for layer in units.unbind(1))
     reached = float((spent + cost.exit_head).sum() / cost.dense(lengths).sum())
     assert abs(reached - fraction) <= REACHED
     if kind == "depth":
@@ -157,11 +175,11 @@ def test_worst_plans_give_every_row_a_set_of_its_own():
 
 def test_a_prepared_plan_runs_as_the_plan_itself():
     model = dynamic_model()
-    inputs = {name: value for name, value in batch().items() if name != "labels"}
+    asked = {name: value for name, value in batch().items() if name != "labels"}
     plan = planned("worst", 0.5, model, [batch()], 1, seed=1)(0, 0).plan
     with torch.inference_mode():
-        prepared = execute(model.encoder, PreparedPlan(plan, model.device), **inputs)
-        fixed = execute(model.encoder, FixedPlan(plan, reads_exits=False), **inputs)
+        prepared = execute(model.encoder, PreparedPlan(plan, model.device), **asked)
+        fixed = execute(model.encoder, FixedPlan(plan, reads_exits=False), **asked)
     assert torch.equal(prepared.units, fixed.units)
     torch.testing.assert_close(prepared.logits, fixed.logits)
 
@@ -170,9 +188,9 @@ def test_a_prepared_plan_runs_as_the_plan_itself():
 def test_parity_holds_for_every_family(gradients):
     for family in ("bert", "mpnet", "dht"):
         model = dynamic_model(family)
-        inputs = batch(pad=model.config.pad_token_id)
-        policies = {"dense": DensePolicy(5), "worst": planned("worst", 0.5, model, [inputs], 1, seed=0)(0, 0)}
-        worst = check_parity(model, inputs, policies, gradients=gradients)
+        rows = batch(pad=model.config.pad_token_id)
+        policies = {"dense": DensePolicy(5), "worst": planned("worst", 0.5, model, [rows], 1, seed=0)(0, 0)}
+        worst = check_parity(model, rows, policies, gradients=gradients)
         assert set(worst) == set(policies)
         assert max(worst.values()) < parity.GRADIENTS
         assert all(parameter.grad is None for parameter in model.parameters())
@@ -185,20 +203,8 @@ def test_no_number_while_the_executor_disagrees(settings, monkeypatch, capsys): 
         made = right(self, units)
         return made if units is None else (*made[:2], made[2] * 1.01, *made[3:])
 
-    call = [
-        "bench",
-        "--data",
-        settings.data,
-        "--model",
-        settings.model,
-        "--tokens",
-        5,
-        "--batch",
-        2,
-        "--plans",
-        "heads",
-    ]
-    call += ["--what", "inference", "--fractions", ".5", "--dtype", "float32"]
+    call = ["bench", "--data", settings.data, "--model", settings.model, "--tokens", 5, "--batch", 2]
+    call += ["--what", "inference", "--fractions", ".5", "--dtype", "float32", "--plans", "heads"]
     monkeypatch.setattr(Block, "_sliced", wrong)
     monkeypatch.setattr("sys.argv", ["dht", *map(str, call)])
     from dht.cli import main
@@ -214,11 +220,11 @@ def test_no_number_while_the_executor_disagrees(settings, monkeypatch, capsys): 
 
 
 def test_wrong_gradients_are_refused_too(monkeypatch):
-    model, inputs = dynamic_model(), batch()
+    model, rows = dynamic_model(), batch()
     right = parity.exit_loss
     monkeypatch.setattr(parity, "exit_loss", lambda trace, labels: 1.01 * right(trace, labels))
     with pytest.raises(DHTError, match="dense: gradient of"):
-        check_parity(model, inputs, {"dense": DensePolicy(5)}, gradients=True)
+        check_parity(model, rows, {"dense": DensePolicy(5)}, gradients=True)
     with pytest.raises(DHTError, match=r"disagrees with the reference on x by nan"):
         parity._compare("x", torch.ones(2), torch.tensor([1.0, torch.nan]), 1e-4)
 
@@ -287,20 +293,9 @@ def test_peak_memory_counts_what_is_alive_at_once():
 
 
 def test_bad_options_are_told_at_once(settings, monkeypatch, capsys):  # noqa: F811
-    call = [
-        "bench",
-        "--batch",
-        "0,x",
-        "--tokens",
-        "2,long",
-        "--fractions",
-        "1.5,half",
-        "--repeats",
-        3,
-        "--dtype",
-        "int8",
-    ]
-    line = refused(monkeypatch, capsys, *call, "--what", "nothing", "--plans", "best", "--device", "tpu")
+    call = ["bench", "--batch", "0,x", "--tokens", "2,long", "--fractions", "1.5,half", "--repeats", 3]
+    call += ["--dtype", "int8", "--what", "nothing", "--plans", "best", "--device", "tpu"]
+    line = refused(monkeypatch, capsys, *call)
     for text in (
         "--batch: got 0, allowed: 1 or more", "--batch: got 'x', allowed: whole numbers", "--tokens: got 2",
         "--tokens: got 'long', allowed: whole numbers or mix", "--fractions: got 1.5", "--fractions: got 'half'",
@@ -323,7 +318,7 @@ def test_rows_longer_than_the_model_takes(settings, tmp_path, monkeypatch, capsy
 
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    BertModel(BertConfig(len(tokenizer), max_position_embeddings=40, **sizes)).save_pretrained(tmp_path)
+    BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=40, **sizes)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     line = refused(monkeypatch, capsys, "bench", "--data", settings.data, "--model", tmp_path, "--tokens", "41")
     assert "--tokens: got 41" in line

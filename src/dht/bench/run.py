@@ -41,10 +41,10 @@ def bench(settings: BenchSettings, say: Say = lambda _: None) -> dict[str, Any]:
             result["left_out"].append(what)
             say(f"left out: {what}")
 
-    if device.type == "cpu" and not torch.cuda.is_available():
-        leave_out("GPU rows: torch sees no CUDA device here")
     names = settings.models or (("minilm",) if device.type == "cpu" else tuple(SIZES))
     subjects = [load_subject(name, settings, device) for name in names]
+    if device.type == "cpu" and not torch.cuda.is_available():
+        leave_out("GPU rows: torch sees no CUDA device here")
     for subject in subjects:
         result["parity"][subject.name] = _parity(subject, settings, leave_out)
         say(f"{subject.name}: the executor agrees with the reference")
