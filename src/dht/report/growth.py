@@ -100,7 +100,7 @@ def _panel(panel: ET.Element, title: str, points: Sequence[Point]) -> None:
     names = [name for name in SERIES if name in points[0]]
     places = [_place(point["value"]) for point in points]
     x = Axis(min(places), max(places), 70, WIDTH - 30)
-    # Both axes are logarithmic: cost in proportion to a size is a line of the same slope in every panel.
+    # Both axes are logarithmic: cost in proportion to a power of the size is a straight line.
     figures = [log10(max(point[name], 1e-6)) for point in points for name in names]
     y = Axis(floor(min(figures)), max(ceil(max(figures)), floor(min(figures)) + 1), HEIGHT - 56, 34)
     _y_axis(panel, y, 70, WIDTH - 30, "ms", [], "")
