@@ -41,7 +41,11 @@ def _processor() -> str:
         key, _, value = line.partition(":")
         name = value.strip() if key.strip() == "model name" else name
         flags = value if key.strip() == "flags" else flags
-    known = [label for flag, label in (("avx512f", "AVX-512"), ("amx_bf16", "AMX")) if flag in flags.split()]
+    known = [
+        label
+        for flag, label in (("avx512f", "AVX-512"), ("avx512_bf16", "BF16"), ("amx_bf16", "AMX"))
+        if flag in flags.split()
+    ]
     return f"{name} ({', '.join(known)})" if known else name
 
 
