@@ -189,6 +189,86 @@ def evaluate(
 
 
 @app.command()
+def bench(
+    data: Annotated[
+        str | None, typer.Option(help="Texts, as for train; default: those of a trained run, else vader.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated: folders of trained runs, or encoders as for train, or random:bert-base|bert-large."
+            " Default: minilm, on a GPU both random sizes."
+        ),
+    ] = None,
+    what: Annotated[str, typer.Option(help="inference, training.")] = "inference,training",
+    fractions: Annotated[str, typer.Option("--fractions", "--budgets", help="FLOPs fractions.")] = "1.0,.5,.26,.12",
+    plans: Annotated[
+        str,
+        typer.Option(
+            help="depth, heads, both; policy: as a trained run's policy decides; worst: every row its own head sets."
+        ),
+    ] = "depth,heads,both,policy,worst",
+    batch: Annotated[str | None, typer.Option(help="Rows a batch; default: 1,32,128, on a GPU 128,512.")] = None,
+    training_batch: Annotated[
+        str | None, typer.Option(help="The same for training steps; default: 32, on a GPU that of --batch.")
+    ] = None,
+    tokens: Annotated[
+        str, typer.Option(help="Tokens a row; mix: rows as the data has them, in random order.")
+    ] = "32,128,mix",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 (autocast); default: both, on a GPU bfloat16.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
+    repeats: Annotated[int, typer.Option(help="Timed runs of each batch, 5 or more; medians are reported.")] = 5,
+    growth: Annotated[
+        Path | None, typer.Option(help="Measure how cost grows instead, and draw the picture here (.svg).")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the full result here.")] = None,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    seed: Seed = 0,
+) -> None:
+    """Measure what saved FLOPs are worth in seconds: a table, and one line of JSON on stdout."""
+    from .bench.settings import parse
+
+    settings = parse(
+        data=data, models=model, what=what, fractions=fractions, plans=plans, batch=batch,
+        training_batch=training_batch, tokens=tokens, dtype=dtype, device=device, repeats=repeats, seed=seed,
+        text_column=text_column, label_column=label_column,
+    )  # fmt: skip
+    settings.check()
+    # Read when torch is loaded: its profiler, which measures memory here, would talk on stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    import json as encoder
+
+    from rich.console import Console
+
+    from ._files import write_json, write_text
+
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
+    if growth is not None:
+        from .bench.growth import measure_growth
+        from .report.growth import growth_chart, print_growth
+
+        result = measure_growth(settings, _say)
+        print_growth(result, console)
+        write_text(growth, growth_chart(result))
+        line: object = result
+    else:
+        from .bench.run import bench as run
+        from .bench.run import brief
+        from .report.speed import print_speed
+
+        result = run(settings, _say)
+        print_speed(result, console)
+        line = {"header": result["header"], "rows": brief(result["rows"])}
+    if json is not None:
+        write_json(json, result)
+    typer.echo(encoder.dumps(line, separators=(",", ":")))
+
+
+@app.command()
 def predict(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished dht train.")],
     file: Annotated[str, typer.Argument(metavar="[FILE|-]", help="One text or JSON object a line; - = stdin.")] = "-",

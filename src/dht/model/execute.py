@@ -85,7 +85,8 @@ def execute(
             break
         started = time.perf_counter()
         view = View(layer, packed, logits, previous, input_ids, attention_mask, trace, mode)
-        decision = policy.decide(view)
+        with torch.no_grad():  # a choice has no gradient, and what a policy keeps may come from inference
+            decision = policy.decide(view)
         if learns and decision.context is not None:
             assert decision.arm is not None
             assert decision.wants_stop is not None

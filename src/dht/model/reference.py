@@ -33,7 +33,7 @@ def reference(
     keep = attention_mask.bool()
     batch, length = input_ids.shape
     emb = encoder.embeddings
-    place = torch.arange(length).expand(batch, length)
+    place = torch.arange(length, device=input_ids.device).expand(batch, length)
     if emb.position_offset:
         place = (keep.cumsum(-1) - 1).clamp_min(0) + emb.position_offset
     hidden = emb.words(input_ids) + emb.positions(place)
@@ -72,7 +72,7 @@ def reference(
 def _exit(encoder: Encoder, layer: int, hidden: Tensor, keep: Tensor) -> Tensor:
     head = encoder.exits[layer]
     if head.pooling == "cls":
-        pooled = hidden[torch.arange(len(hidden)), keep.int().argmax(-1)]
+        pooled = hidden[torch.arange(len(hidden), device=hidden.device), keep.int().argmax(-1)]
     elif head.queries is None:
         pooled = (hidden * keep[..., None]).sum(1) / keep.sum(-1, keepdim=True)
     else:
