@@ -18,6 +18,7 @@ class CostModel:
 
     Args:
         coupled: True if a head unit carries its 1/H share of the FFN; False if the FFN always runs whole.
+        attends: True if the full model's classifier scores the tokens with H queries.
 
     Example:
         >>> cost = CostModel(width=384, heads=12, ffn=1536, layers=6, classes=2, coupled=True)
@@ -31,6 +32,7 @@ class CostModel:
     layers: int
     classes: int
     coupled: bool
+    attends: bool = False
 
     @property
     def token_unit(self) -> int:
@@ -69,6 +71,6 @@ class CostModel:
         return tokens * (units * self.token_unit + self.token_fixed) + self.attention(units, padded)
 
     def dense(self, lengths: Tensor) -> Tensor:
-        """FLOPs per row of the full model with a plain classifier, float64 [R]; attention padded to the longest row."""
+        """FLOPs per row of the full model with its one classifier, float64 [R]; attention padded to the longest row."""
         padded = int(lengths.max()) if lengths.numel() else 0
-        return self.layers * self.layer(lengths, self.heads, padded) + self.exit(lengths)
+        return self.layers * self.layer(lengths, self.heads, padded) + self.exit(lengths, self.attends)

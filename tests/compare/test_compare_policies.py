@@ -99,7 +99,7 @@ def test_shuffled_of_integrated_search_is_shuffled_once():
 
 def test_shuffled_is_matched_to_the_budget(model):
     policy = ShuffledPolicy(model.policy)
-    assert match_price(model, policy, held(), 0.6, torch.float32) == pytest.approx(0.6, abs=0.05)
+    assert match_price(model, policy, held(), 0.6, torch.float32) == pytest.approx(0.6, abs=0.08)
 
 
 def test_a_cascade_pays_for_both_models(model):

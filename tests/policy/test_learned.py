@@ -108,7 +108,7 @@ def test_training_rows_choose_their_width_only_if_asked(search):
         model = dynamic_model(search=search, alpha=0.0, train_widths=train_widths)
         model.policy.price.fill_(0.0)
         used = set()
-        for layer in range(3):  # running on with all units is worth most, as the first rewards often say
+        for _ in range(3):  # running on with all units is worth most, as the first rewards often say
             wide = torch.ones(1, model.policy.numbers.num_features, dtype=torch.float64)
             arms = model.policy.numbers.num_arms
             model.policy.numbers.update(wide, torch.full((1, arms), 1e4), torch.ones(1, arms, 2))
@@ -117,7 +117,7 @@ def test_training_rows_choose_their_width_only_if_asked(search):
                 trace = run(model, mode)[0].trace
                 used |= set(trace.units.sum(-1).flatten().tolist()) if mode == "explore" else set()
                 model.policy.finish_step()
-        assert used <= expected, layer
+        assert used <= expected
     assert len(set(run(model, "probe")[0].trace.units.sum(-1)[:, 0].tolist())) > 1, "held-out rows try every width"
 
 

@@ -184,8 +184,9 @@ class Encoder(nn.Module):
             ExitHead(width, heads, classes, pooling=pooling, dropout=config.hidden_dropout_prob) for pooling in poolings
         )
         self.cost = CostModel(
-            width, heads, config.intermediate_size, config.num_hidden_layers, classes, config.ffn == "coupled"
-        )
+            width, heads, config.intermediate_size, config.num_hidden_layers, classes, config.ffn == "coupled",
+            poolings[-1] == "attention",
+        )  # fmt: skip
 
     def pool(self, layer: int, rows: Packed) -> Tensor:
         """[R, D], what the exit after `layer` in 1..N reads of the rows."""
