@@ -34,14 +34,19 @@ LOWEST, HIGHEST = -1.0, 10.0
 """Bounds of the price, in units of quality per dense forward."""
 
 
+BLIND_RATE = 4.0
+"""Steps below zero in units of those above it: there the price is a share of rows, and a share moves the mean slowly."""
+
+
 def dual_ascent(price: float, fraction: float, target: float, rate: float) -> float:
-    """The next price: up by `rate` * (fraction - target).
+    """The next price: up by `rate` * (fraction - target), `BLIND_RATE` times that below zero.
 
     The price may turn negative: a budget has to be spent. Early in training all exits are about equally good, a policy
     that may underspend leaves at once, the deep layers never learn, and leaving at once becomes right. Within
     `LOWEST`..`HIGHEST`; at `LOWEST` every training row runs to the end.
     """
-    return min(max(price + rate * (fraction - target), LOWEST), HIGHEST)
+    step = rate * (fraction - target) * (BLIND_RATE if price < 0 else 1.0)
+    return min(max(price + step, LOWEST), HIGHEST)
 
 
 def price_for(budget: float, prices: Tensor, fractions: Tensor) -> float:
