@@ -70,6 +70,16 @@ class CostModel:
         tokens = lengths.to(torch.float64)
         return tokens * (units * self.token_unit + self.token_fixed) + self.attention(units, padded)
 
+    def layer_shares(self, units: Tensor, tokens: int) -> Tensor:
+        """Share of the layers' FLOPs that each layer takes on rows of `tokens`, float64 [N]; they sum to 1.
+
+        Args:
+            units: int64 [N], head units run in each layer; a layer without any is not run.
+        """
+        row = torch.full(units.shape, tokens)
+        spent = self.layer(row, units.cpu(), tokens) * (units.cpu() > 0)
+        return spent / spent.sum()
+
     def dense(self, lengths: Tensor) -> Tensor:
         """FLOPs per row of the full model with its one classifier, float64 [R]; attention padded to the longest row."""
         padded = int(lengths.max()) if lengths.numel() else 0

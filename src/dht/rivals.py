@@ -78,7 +78,7 @@ class _Depths:
 def _exit_rule(name: str, model: DHTForSequenceClassification, budget: float, calibration: Sequence[Batch]) -> Policy:
     best: tuple[float, Policy] | None = None
     for width in model.policy.widths:
-        sets = StaticPolicy(model.config.num_hidden_layers, width, model.policy.ranking()).sets
+        sets = model.policy.sets_of(width)
         found = match_exits(name, model, sets, budget, calibration)
         if best is None or (found.affordable and found.accuracy > best[0]):
             best = found.accuracy, found.policy
@@ -119,7 +119,9 @@ def match_exits(
     depth = int(sets.any(-1).sum())
     outcome = run_policy(model, calibration, ConfidencePolicy(sets, 2.0), dtype=dtype)
     outcome = replace(outcome, exit_logits=outcome.exit_logits[:, :depth])
-    depths = _Depths(sets, outcome, (outcome.flops[:, None].expand(-1, depth) / depth).cumsum(1))
+    tokens = round(float(torch.cat([batch["attention_mask"].sum(-1) for batch in calibration]).double().mean()))
+    shares = model.encoder.cost.layer_shares(sets[:depth].sum(-1), tokens)
+    depths = _Depths(sets, outcome, outcome.flops[:, None] * shares.cumsum(0))
     find = _confidence_depth if name == "confidence" else _patience_depth
     low, high = (0.0, 1.0) if name == "confidence" else (0.0, float(depth))
     affordable = depths.judged(find(outcome, low))[0] <= budget

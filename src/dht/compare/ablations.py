@@ -112,6 +112,8 @@ ABLATIONS = {
     "heads-random": Ablation(
         "heads drawn at random before training, then fixed", options=_FIXED, after_calibration=shuffle_importance
     ),
+    "widths-all": Ablation("training rows choose their width by UCB", options={"train_widths": "all"}),
+    "exits-mean": Ablation("exits read the plain mean over tokens", options={"pooling": "mean"}),
     "units-dense": Ablation("attention heads alone; the FFN always runs whole", settings={"ffn": "dense"}),
     "search-integrated": Ablation("one decision before layer 1", settings={"search": "integrated"}),
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..hf.modeling import DHTForSequenceClassification
 from ..measure import Batch, Outcome, run_policy
 from ..policy.base import Policy
-from ..policy.baselines import ConfidencePolicy, PriorPolicy, StaticPolicy
+from ..policy.baselines import ConfidencePolicy, PriorPolicy
 
 MIXED = 1000
 """Plans in a mixture of two arms: steps of a thousandth."""
@@ -50,18 +50,19 @@ def all_arms(model: DHTForSequenceClassification, batches: Sequence[Batch], dtyp
 
     An arm pays for one exit head, as a static model does.
     """
-    layers, ranking = model.config.num_hidden_layers, model.policy.ranking()
+    layers, cost = model.config.num_hidden_layers, model.encoder.cost
     shapes, answers, flops, plans = [], [], [], []
     lengths = torch.cat([batch["attention_mask"].sum(-1) for batch in batches]).cpu()
-    heads = [model.encoder.cost.exit(lengths, exit_.queries is not None) for exit_ in model.encoder.exits]
+    heads = [cost.exit(lengths, exit_.queries is not None) for exit_ in model.encoder.exits]
     for width in model.policy.widths:
-        sets = StaticPolicy(layers, width, ranking).sets
+        sets = model.policy.sets_of(width)
         outcome = run_policy(model, batches, ConfidencePolicy(sets, 2.0), dtype=dtype)
-        layer = (outcome.flops - torch.stack(heads).sum(0)) / layers
+        shares = cost.layer_shares(sets.sum(-1), round(float(lengths.double().mean())))
+        spent = (outcome.flops - torch.stack(heads).sum(0))[:, None] * shares.cumsum(0)
         for depth in range(1, layers + 1):
             shapes.append((depth, width))
             answers.append(outcome.exit_logits[:, depth - 1].argmax(-1))
-            flops.append(depth * layer + heads[depth - 1])
+            flops.append(spent[:, depth - 1] + heads[depth - 1])
             plans.append(sets.cpu() & (torch.arange(layers) < depth)[:, None])
     return Arms(
         shapes, torch.stack(answers, 1), torch.stack(flops, 1), outcome.labels, outcome.dense_flops, torch.stack(plans)

@@ -30,8 +30,10 @@ class DHTConfig(PreTrainedConfig):
         ffn: "coupled" (a head unit carries 1/H of the FFN) or "dense" (attention heads alone).
         widths: ascending numbers of head units to choose among; None = from the budget B: K = H sqrt(B), which leaves
             the same share of the depth, and all H.
-        train_widths: "narrowest": training rows run the narrowest width, and wider ones are learned of from held-out
-            rows and full steps; "all": training rows choose their width too (decision 6).
+        wide_from: layers run before every layer offers only the widest of `widths`; None = a third of the depth, N =
+            never (decision 6).
+        train_widths: "narrowest": where there is a choice, training rows run the narrowest width, and wider ones are
+            learned of from held-out rows and full steps; "all": training rows choose their width too (decision 6).
         context_projection: random directions of the mean embedding that the first decision sees.
         ridge: lambda, the prior precision of every arm.
         forgetting: gamma in (0, 1], discount per observed decision.
@@ -72,6 +74,7 @@ class DHTConfig(PreTrainedConfig):
     search: str = "tree"
     ffn: str = "coupled"
     widths: list[int] | None = None
+    wide_from: int | None = None
     train_widths: str = "narrowest"
     context_projection: int = 8
     ridge: float = 1.0
@@ -79,7 +82,7 @@ class DHTConfig(PreTrainedConfig):
     alpha: float = 0.05
     sigma: float = 0.3
     unit_weight: float = 0.05
-    exploration: float = 0.03
+    exploration: float = 0.02
     head_sets: int = 1
     reward: str = "correct"
     budget: float = 1.0
@@ -91,6 +94,8 @@ class DHTConfig(PreTrainedConfig):
             heads = self.num_attention_heads
             even = round(heads * math.sqrt(min(max(self.budget, 0.0), 1.0)))
             self.widths = sorted({max(1, even), heads})
+        if self.wide_from is None:
+            self.wide_from = math.ceil(self.num_hidden_layers / 3)
         super().__post_init__(**kwargs)
 
     @property
@@ -138,6 +143,8 @@ class DHTConfig(PreTrainedConfig):
         ):
             got = getattr(self, name)
             need(low < got <= high, f"{name}: got {got}, must be in ({low:g}, {high:g}]")
+        deepest, wide_from = self.num_hidden_layers, cast("int", self.wide_from)
+        need(0 <= wide_from <= deepest, f"wide_from: got {wide_from}, must be in 0..{deepest}")
         need(0.0 <= self.exploration <= 1.0, f"exploration: got {self.exploration}, must be in [0, 1]")
         need(self.ridge > 0, f"ridge: got {self.ridge}, must be above 0")
         for name in ("alpha", "sigma", "unit_weight", "context_projection"):

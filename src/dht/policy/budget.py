@@ -35,7 +35,7 @@ LOWEST, HIGHEST = -1.0, 10.0
 
 
 BLIND_RATE = 4.0
-"""Steps below zero in units of those above it: there the price is a share of rows, and a share moves the mean slowly."""
+"""Steps below zero in units of those above it: there the price is a share of rows, which moves the mean slowly."""
 
 
 def dual_ascent(price: float, fraction: float, target: float, rate: float) -> float:

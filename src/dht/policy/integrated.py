@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 class IntegratedPolicy(LearnedPolicy):
-    """Arm (l, i) = run layers 1..l, each with `widths[i]` head units; ordered by l, then by width.
+    """Arm (l, i) = run layers 1..l with `widths[i]` head units (from `wide_from` on, the most on offer).
+
+    Ordered by l, then by width.
 
     A row that ran l layers shows the quality of every shallower arm of its width: all of them learn from it. Each depth
     has a regression; its widths share it and differ in the features of their width.
@@ -37,6 +39,8 @@ class IntegratedPolicy(LearnedPolicy):
             context = self._features(view)
             arm = self._choose(view, context)
         depth, width = arm // len(self.widths) + 1, arm % len(self.widths)
+        if view.layer >= self.wide_from:
+            width = torch.full_like(width, len(self.widths) - 1)
         sets, choice = self._pick_sets(view, context, torch.where(depth > view.layer, width, -1))
         return Decision(sets, choice, arm, context, torch.zeros_like(depth, dtype=torch.bool))
 
@@ -46,8 +50,8 @@ class IntegratedPolicy(LearnedPolicy):
         alpha = 0.0 if view.mode == "exploit" else self.alpha
         wide = self._with_every_width(context)
         index = ucb_index(self.numbers, wide, alpha, self._index_price(view)).view(rows, count, self.layers)
-        if view.mode == "explore":
-            index[:, self.explored :] = -torch.inf
+        if view.mode == "explore" and self.train_narrow:
+            index[:, 1:] = -torch.inf
         arm = choose(index.transpose(1, 2).flatten(1))
         if view.mode == "explore":
             arm = torch.where(self._carried_on(view), (self.layers - 1) * count + arm % count, arm)

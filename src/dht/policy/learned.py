@@ -49,7 +49,8 @@ class LearnedPolicy(Policy):
         self.num_features = EXIT_FEATURES + config.context_projection
         self.alpha, self.sigma = config.alpha, config.sigma
         self.max_sets, self.seed = config.head_sets, config.policy_seed
-        self.explored = len(self.widths) if config.train_widths == "all" else 1  # widths that training rows try
+        self.wide_from = self.layers if config.wide_from is None else config.wide_from
+        self.train_narrow = config.train_widths == "narrowest"
         features = self.num_features + self.WIDTH_FEATURES
         self.numbers = LinearPosterior(num_arms, features, 2, config.ridge, config.forgetting)
         self.units = LinearPosterior(self.layers * self.heads, self.num_features, 1, config.ridge)
@@ -94,7 +95,19 @@ class LearnedPolicy(Policy):
 
     def _random_widths(self, view: View) -> Tensor:
         """int64 [R], a width index per row, kept through all layers."""
-        return (self._row_draws(view, 2) * len(self.widths)).long().clamp_max(len(self.widths) - 1)
+        first = 0 if view.layer < self.wide_from else len(self.widths) - 1
+        return (self._row_draws(view, 2) * len(self.widths)).long().clamp(first, len(self.widths) - 1)
+
+    def width_at(self, layer: int, width: int) -> int:
+        """Head units that a row of width `width` runs in layer `layer` + 1: all on offer from `wide_from` on."""
+        return width if layer < self.wide_from else self.widths[-1]
+
+    def sets_of(self, width: int) -> Tensor:
+        """Bool [N, H], the best units of every layer at `width`."""
+        sets = torch.zeros(self.layers, self.heads, dtype=torch.bool, device=self.price.device)
+        for layer, ranked in enumerate(self.ranking()):
+            sets[layer, ranked[: self.width_at(layer, width)]] = True
+        return sets
 
     def _index_price(self, view: View) -> float:
         """The price that arms are compared at.

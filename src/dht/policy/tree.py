@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from ..hf.configuration import DHTConfig
 
 
+CLOSED = -1e30
+"""Index of an arm that is not on offer."""
+
 REPAIR = 0.4
 PRIOR_ROWS = 3000.0
 
@@ -50,8 +53,9 @@ class TreePolicy(LearnedPolicy):
             arm = arm + 1
         wants_stop = arm == 0
         if view.mode != "exploit":
-            widths = self.explored if view.mode == "explore" else len(self.widths)
-            index = self._index(view.layer, context, self.alpha, price)[:, : 1 + widths]
+            index = self._index(view.layer, context, self.alpha, price)
+            if view.mode == "explore" and self.train_narrow and view.layer < self.wide_from:
+                index = index[:, :2]
             onward = choose(index[:, 1:]) + 1
             if view.mode == "explore":
                 arm = torch.where(self._carried_on(view), onward, choose(index))
@@ -81,6 +85,8 @@ class TreePolicy(LearnedPolicy):
             linear, square, sure = run[self.num_features :]
             weights[0] += linear * share + square * share.square()
             weights[2] += sure * share
+            if layer >= self.wide_from:
+                weights[:, :-1], weights[0, :-1] = 0.0, CLOSED
             if layer:
                 weights = torch.cat([stop[: self.num_features, None], weights], 1)
             self._kept[layer] = weights
@@ -91,6 +97,8 @@ class TreePolicy(LearnedPolicy):
         rows, count = len(context), len(self.widths)
         wide = self._with_every_width(context)
         run = ucb_index(self.numbers, wide, alpha, price, slice(2 * layer + 1, 2 * layer + 2)).view(rows, count)
+        if layer >= self.wide_from:
+            run[:, :-1] = CLOSED
         if layer == 0:
             stop = torch.full_like(run[:, :1], -torch.inf)
         else:
@@ -113,33 +121,28 @@ class TreePolicy(LearnedPolicy):
     def _prior(self) -> LinearPosterior:
         """What is believed before any reward, as the statistics of `PRIOR_ROWS` made-up rows a layer.
 
-        An exit is right as often as it is confident. Running all layers repairs `REPAIR` of its doubt, fewer layers
-        proportionally less, whatever the width. With a cost to go that is as proportional, this is one confidence
-        threshold for all layers at the narrowest width, from which rewards move each layer.
+        An exit is right as often as it is confident. Running on from layer 1 repairs `REPAIR` of its doubt, from deeper
+        layers less, in proportion to the cost to go, and no width more than another. That is one confidence threshold
+        for all layers at the narrowest width, from which rewards move each layer.
         """
         if self._believed is not None:
             return self._believed
         prior = LinearPosterior(self.numbers.num_arms, self.numbers.num_features, 2)
-        sure = torch.linspace(1 / self.classes + 0.01, 0.99, 25, dtype=torch.float64)
-        rest = ((1 - sure) / (self.classes - 1)).log()[:, None].expand(-1, self.classes - 1)
-        seen, _ = exit_features(torch.cat([sure.log()[:, None], rest], 1))
-        phi = torch.zeros(len(sure), self.num_features, dtype=torch.float64)
-        phi[:, 0], phi[:, 1], phi[:, 2:6], phi[:, 6], phi[:, 7] = 1.0, 0.5, seen, 1.0, sure
+        phi, sure = self._made_up_rows()
         wide = self._with_every_width(phi)
         doubt = (1 - sure).repeat_interleave(len(self.widths))
         shares = self._shares(phi.device).repeat(len(phi))
         still = torch.nn.functional.pad(phi, (0, self.WIDTH_FEATURES))
         blind = torch.cat([phi[:, :2], torch.zeros_like(phi[:, 2:])], 1)  # before layer 1 no exit has spoken
+        trained = [self.width_at(layer, self.widths[0]) / self.heads for layer in range(self.layers)]
+        later = [sum(trained[layer + 1 :]) / 2 for layer in range(self.layers)]  # a row leaves half-way, say
         for layer in range(self.layers):
-            left = (self.layers - layer + 1) / self.layers
+            part = (trained[layer] + later[layer]) / (trained[0] + later[0])
+            mended, to_go = 1 - doubt * (1 - REPAIR * part), (shares + later[layer]) / self.layers
+            runs = wide if layer else self._with_every_width(blind)
             for arm, rows, quality, cost in (
                 (2 * layer, still, sure, torch.zeros_like(sure)),
-                (
-                    2 * layer + 1,
-                    wide if layer else self._with_every_width(blind),
-                    1 - doubt * (1 - REPAIR * left),
-                    shares * left / 2,
-                ),
+                (2 * layer + 1, runs, mended, to_go),
             ):
                 weight = torch.zeros(len(rows), prior.num_arms, dtype=torch.float64)
                 weight[:, arm] = PRIOR_ROWS / len(rows)
@@ -148,6 +151,25 @@ class TreePolicy(LearnedPolicy):
         # Not a submodule: it follows from the configuration, so it is neither saved nor loaded.
         object.__setattr__(self, "_believed", prior)
         return prior
+
+    def _made_up_rows(self) -> tuple[Tensor, Tensor]:
+        """Contexts [R, F] of every mix of confidence and what is believed not to matter, and the confidence [R].
+
+        Length, agreement with the exit before and its confidence vary freely: a prior that held them still would say
+        nothing of them, and a few hundred rewards would fill in noise.
+        """
+        grid = torch.cartesian_prod(
+            torch.linspace(1 / self.classes + 0.01, 0.99, 25, dtype=torch.float64),
+            torch.tensor([0.3, 0.5, 0.7], dtype=torch.float64),
+            torch.tensor([0.0, 1.0], dtype=torch.float64),
+            torch.linspace(1 / self.classes + 0.01, 0.99, 4, dtype=torch.float64),
+        )
+        sure = grid[:, 0]
+        rest = ((1 - sure) / (self.classes - 1)).log()[:, None].expand(-1, self.classes - 1)
+        phi = torch.zeros(len(grid), self.num_features, dtype=torch.float64)
+        phi[:, 0], phi[:, 1], phi[:, 6:8] = 1.0, grid[:, 1], grid[:, 2:]
+        phi[:, 2:6], _ = exit_features(torch.cat([sure.log()[:, None], rest], 1))
+        return phi, sure
 
     @torch.no_grad()
     def observe(self, trace: Trace, quality: Tensor) -> None:
