@@ -144,9 +144,9 @@ def _observe_importance(
         share = torch.stack([n.sum(-1) for n in neurons])
         value = value + share / share.mean(1, keepdim=True)
         value = value / 2
-    rows = trace.units.shape[0]
+    rows, context = trace.units.shape[0], trace.context
     for layer in range(policy.layers):
         weight = torch.zeros(rows, policy.layers, policy.heads, dtype=torch.float64)
         target = torch.zeros_like(weight)
         weight[:, layer], target[:, layer] = 1.0, value[layer].expand(rows, -1)
-        policy.units.update(trace.context[:, layer], weight.flatten(1), target.flatten(1))
+        policy.units.update(context[:, layer], weight.flatten(1), target.flatten(1))

@@ -7,6 +7,7 @@ Shape letters used throughout the package:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -76,17 +77,14 @@ def _empty() -> Tensor:
 class Trace:
     """What was executed for each row of a batch; reports, rewards and pictures all read it.
 
-    `arm`, `context` and `wants_stop` are filled in by policies that learn and stay empty for all others.
-
     Attributes:
         units: bool [B, N, H], head units executed.
         flops: float64 [B], executed FLOPs: attention (padding included), FFN, exit heads, policy arithmetic.
         dense_flops: float64 [B], FLOPs of the full model without exits on the same tokens.
         exits: every exit that was computed, in order of depth.
         logits: [B, C], each row's answer: the logits of the last exit that it reached.
-        arm: int64 [B, N], numeric arm taken before each layer; -1 where none was.
-        context: float64 [B, N, F], what each decision saw.
-        wants_stop: bool [B, N], where the greedy rule would have stopped before that layer.
+        decisions: of policies that learn, one entry a layer: the rows (int64 [R]) and what was decided for them. The
+            tables `arm`, `context` and `wants_stop` are made of it when somebody asks: serving seldom does.
         layer_cost: float64 [B, N], executed FLOPs of each layer (its exit included) as a fraction of `dense_flops`.
         gate_grads: per layer, (rows [R], set [k], d loss / d gate [R, k]) of each executed group; filled by backward.
         policy_seconds: wall time spent deciding.
@@ -97,9 +95,7 @@ class Trace:
     dense_flops: Tensor
     exits: list[Exit] = field(default_factory=list)
     logits: Tensor = field(default_factory=_empty)
-    arm: Tensor = field(default_factory=_empty)
-    context: Tensor = field(default_factory=_empty)
-    wants_stop: Tensor = field(default_factory=_empty)
+    decisions: list[tuple[Tensor, Decision]] = field(default_factory=list)
     layer_cost: Tensor = field(default_factory=_empty)
     gate_grads: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
     policy_seconds: float = 0.0
@@ -108,6 +104,32 @@ class Trace:
     def layers(self) -> Tensor:
         """int64 [B], layers run by each row."""
         return self.units.any(-1).sum(-1)
+
+    @property
+    def arm(self) -> Tensor:
+        """int64 [B, N], numeric arm taken before each layer; -1 where none was."""
+        return self._table(lambda decision: decision.arm, -1)
+
+    @property
+    def context(self) -> Tensor:
+        """float64 [B, N, F], what each decision saw; zeros where there was none."""
+        return self._table(lambda decision: decision.context, 0)
+
+    @property
+    def wants_stop(self) -> Tensor:
+        """Bool [B, N], where the greedy rule would have stopped before that layer."""
+        return self._table(lambda decision: decision.wants_stop, False)
+
+    def _table(self, part: Callable[[Decision], Tensor | None], empty: float) -> Tensor:
+        batch, layers = self.units.shape[:2]
+        table = torch.empty(0)
+        for layer, (rows, decision) in enumerate(self.decisions):
+            values = part(decision)
+            assert values is not None, "a policy that learns says what it did"
+            if not layer:
+                table = values.new_full((batch, layers, *values.shape[1:]), empty)
+            table[rows, layer] = values
+        return table
 
     @property
     def flops_fraction(self) -> float:

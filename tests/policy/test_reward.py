@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dht.plan import Exit, Trace
+from dht.plan import Decision, Exit, Trace
 from dht.policy.reward import quality, returns
 
 
@@ -17,7 +17,10 @@ def trace_of(layers, costs, wants_stop, exits=()):
         dense_flops=torch.ones(len(layers)),
         exits=list(exits),
         layer_cost=torch.tensor(costs, dtype=torch.float64),
-        wants_stop=torch.tensor(wants_stop),
+        decisions=[
+            (torch.arange(len(layers)), Decision(torch.ones(1, 1), torch.zeros(1), wants_stop=stops))
+            for stops in torch.tensor(wants_stop).unbind(1)
+        ],
     )
 
 

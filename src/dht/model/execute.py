@@ -67,10 +67,6 @@ def execute(
         dense_flops=cost.dense(packed.lengths),
         layer_cost=torch.zeros(batch, num_layers, dtype=torch.float64, device=device),
     )
-    if learns:
-        trace.arm = torch.full((batch, num_layers), -1, dtype=torch.long, device=device)
-        trace.context = torch.zeros(batch, num_layers, policy.num_features, dtype=torch.float64, device=device)
-        trace.wants_stop = torch.zeros(batch, num_layers, dtype=torch.bool, device=device)
     logits: Tensor | None = None
     previous: Tensor | None = None
 
@@ -87,13 +83,8 @@ def execute(
         view = View(layer, packed, logits, previous, input_ids, attention_mask, trace, mode)
         with torch.no_grad():  # a choice has no gradient, and what a policy keeps may come from inference
             decision = policy.decide(view)
-        if learns and decision.context is not None:
-            assert decision.arm is not None
-            assert decision.wants_stop is not None
-            trace.context[packed.rows, layer] = decision.context
-            trace.arm[packed.rows, layer] = decision.arm
-            trace.wants_stop[packed.rows, layer] = decision.wants_stop
-            trace.flops[packed.rows] += policy.decision_flops(layer, cost)
+        if learns:
+            trace.decisions.append((packed.rows, decision))
         trace.policy_seconds += time.perf_counter() - started
 
         choice = decision.choice
@@ -131,6 +122,10 @@ def execute(
             trace.exits.append(Exit(layer + 1, packed.rows, logits))
             trace.layer_cost[packed.rows, layer] += encoder.exit_cost(layer + 1, packed)
     trace.flops += trace.layer_cost.sum(-1)
+    if learns:  # a row that ran a layer decided before it, and once more unless that was the last
+        decided = [policy.decision_flops(layer, cost) for layer in range(num_layers)]
+        spent = torch.tensor([0.0, *decided], dtype=torch.float64, device=device).cumsum(0)
+        trace.flops += spent[(trace.layers + 1).clamp_max(num_layers)]
     trace.layer_cost /= trace.dense_flops[:, None]
     if trace.exits:
         answer = trace.exits[0].logits.new_zeros(batch, trace.exits[0].logits.shape[-1])

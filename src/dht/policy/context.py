@@ -13,12 +13,12 @@ EXIT_FEATURES = 8
 """bias, log length, confidence, its square, entropy, margin, agreement with the previous exit, previous confidence."""
 
 
-def exit_features(log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Confidence, its square, entropy in [0, 1] and margin, [R, 4], and the answer [R], of `log_probs` [R, C]."""
-    probs = log_probs.exp()
+def exit_features(probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidence, its square, entropy in [0, 1] and margin, [R, 4], and the answer [R], of probabilities [R, C]."""
     top, label = probs.topk(2, -1)
-    entropy = -(probs * log_probs).sum(-1) / math.log(probs.shape[-1])
-    return torch.stack([top[:, 0], top[:, 0].square(), entropy, top[:, 0] - top[:, 1]], -1), label[:, 0]
+    sure, second = top.unbind(-1)
+    entropy = torch.special.entr(probs).sum(-1) / math.log(probs.shape[-1])
+    return torch.stack([sure, sure.square(), entropy, sure - second], -1), label[:, 0]
 
 
 def features(view: View, projection: Tensor) -> Tensor:
@@ -31,16 +31,14 @@ def features(view: View, projection: Tensor) -> Tensor:
         view: what the policy sees.
         projection: float [P, D], fixed random directions.
     """
-    rows = view.rows.numel()
-    phi = torch.zeros(rows, EXIT_FEATURES + projection.shape[0], device=view.rows.device)
+    phi = torch.zeros(view.rows.numel(), EXIT_FEATURES + projection.shape[0], device=view.rows.device)
     phi[:, 0] = 1.0
     phi[:, 1] = view.lengths.float().log() / math.log(512)
     if view.logits is not None:
-        log_probs = view.logits.float().log_softmax(-1)
-        phi[:, 2:6], label = exit_features(log_probs)
+        phi[:, 2:6], label = exit_features(view.logits.float().softmax(-1))
         if view.previous is not None:
             before = view.previous.float().softmax(-1).max(-1)
-            phi[:, 6] = (before.indices == label).float()
+            phi[:, 6] = before.indices == label
             phi[:, 7] = before.values
     if projection.shape[0] and view.layer == 0:
         unit = torch.nn.functional.normalize(view.packed.mean().float(), dim=-1)

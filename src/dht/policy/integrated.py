@@ -33,8 +33,10 @@ class IntegratedPolicy(LearnedPolicy):
 
     def decide(self, view: View) -> Decision:
         if view.layer:
-            context = view.trace.context[view.rows, 0]
-            arm = view.trace.arm[view.rows, 0]
+            _, first = view.trace.decisions[0]  # of all rows, in their order
+            assert first.context is not None
+            assert first.arm is not None
+            context, arm = first.context[view.rows], first.arm[view.rows]
         else:
             context = self._features(view)
             arm = self._choose(view, context)

@@ -208,11 +208,11 @@ class LearnedPolicy(Policy):
             for row, units, grads in groups:
                 value[row[:, None], layer, units[None, :]] += grads.double()
         value = value.abs()
-        ran = trace.units
+        ran, context = trace.units, trace.context
         expected = torch.ones_like(value)
         if int(self.units.clock):
             for layer in range(layers):
-                expected[:, layer] = mean_scores(self.units, trace.context[:, layer], self._units_of(layer))
+                expected[:, layer] = mean_scores(self.units, context[:, layer], self._units_of(layer))
         total, hoped = value.sum((0, 2)), (expected * ran).sum((0, 2))
         scale = torch.where(hoped > 0, total / hoped, total / ran.sum((0, 2)).clamp_min(1))
         value = value / scale.clamp_min(1e-30)[None, :, None]
@@ -223,7 +223,7 @@ class LearnedPolicy(Policy):
         pair = torch.arange(len(good), device=value.device)
         weight[pair, at] = self.unit_weight * ran[row, at].double()
         target[pair, at] = value[row, at]
-        self.units.update(trace.context[row, at], weight.flatten(1), target.flatten(1))
+        self.units.update(context[row, at], weight.flatten(1), target.flatten(1))
 
     def finish_step(self) -> None:
         """Moves the random draws on; called once after each training or probe step."""

@@ -165,17 +165,18 @@ class TreePolicy(LearnedPolicy):
             torch.linspace(1 / self.classes + 0.01, 0.99, 4, dtype=torch.float64),
         )
         sure = grid[:, 0]
-        rest = ((1 - sure) / (self.classes - 1)).log()[:, None].expand(-1, self.classes - 1)
+        rest = ((1 - sure) / (self.classes - 1))[:, None].expand(-1, self.classes - 1)
         phi = torch.zeros(len(grid), self.num_features, dtype=torch.float64)
         phi[:, 0], phi[:, 1], phi[:, 6:8] = 1.0, grid[:, 1], grid[:, 2:]
-        phi[:, 2:6], _ = exit_features(torch.cat([sure.log()[:, None], rest], 1))
+        phi[:, 2:6], _ = exit_features(torch.cat([sure[:, None], rest], 1))
         return phi, sure
 
     @torch.no_grad()
     def observe(self, trace: Trace, quality: Tensor) -> None:
         final, cost = returns(trace, quality)
-        row, layer = (trace.arm >= 0).nonzero(as_tuple=True)
-        context, arm = trace.context[row, layer], trace.arm[row, layer]
+        arms = trace.arm
+        row, layer = (arms >= 0).nonzero(as_tuple=True)
+        context, arm = trace.context[row, layer], arms[row, layer]
         ran, passed = arm > 0, layer > 0
         stops = torch.nn.functional.pad(context[passed], (0, self.WIDTH_FEATURES))
         runs = self._with_width(context[ran], self._executed_shares(trace)[row[ran], layer[ran]])
