@@ -145,7 +145,7 @@ class _FullDisk(TrainerCallback):
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(settings, finished, tmp_path, monkeypatch):
-    make, limits = training._dynamic_trainer, resource.getrlimit(resource.RLIMIT_FSIZE)
+    make, limits = training.dynamic_trainer, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def filling(*args, **kwargs):
         trainer = make(*args, **kwargs)
@@ -155,7 +155,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(settings, finishe
     out = tmp_path / "run"
     try:
         with monkeypatch.context() as patch, pytest.raises(DHTError) as caught:
-            patch.setattr(training, "_dynamic_trainer", filling)
+            patch.setattr(training, "dynamic_trainer", filling)
             training.train(replace(settings, out=out))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

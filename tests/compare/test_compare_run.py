@@ -271,8 +271,8 @@ def test_regret_is_zero_for_the_best_depth_and_positive_for_worse_ones():
     record = probe_record(trace, labels, 3, 0.1)
     assert len(record["fixed"]) == 3
     assert record["oracle"] >= max(record["policy"], *record["fixed"]) - 1e-12
-    trace.wants_stop[:] = False
-    trace.wants_stop[:, 1] = True
+    for layer, (_, decision) in enumerate(trace.decisions):
+        decision.wants_stop = torch.full_like(decision.wants_stop, layer == 1)
     assert probe_record(trace, labels, 3, 0.1)["policy"] == pytest.approx(record["fixed"][0])
     curve = cumulative([record, record])
     assert curve["oracle"][1] == pytest.approx(2 * curve["oracle"][0])
