@@ -103,7 +103,7 @@ def train(
     device: Device = "auto",
     dtype: Dtype = "float32",
     accumulate: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
-    warm_start: Annotated[float, typer.Option(help="Training budget at the first step, in (0, 1].")] = 0.45,
+    warm_start: Annotated[float, typer.Option(help="Training budget at the first step, in (0, 1].")] = 0.4,
     settle: Annotated[
         float, typer.Option(help="Share of the steps after which the training budget is the budget.")
     ] = 0.35,

@@ -47,7 +47,7 @@ class TrainSettings:
     device: str = "auto"
     dtype: str = "float32"
     accumulate: int = 1
-    warm_start: float = 0.45
+    warm_start: float = 0.4
     settle: float = 0.35
     save_every: int = 0
     text_column: str = "text"

@@ -193,7 +193,7 @@ def measure_curve(
     """
     policy = model.policy
     prices, fractions = [], []
-    batches = sorted(batches, key=lambda batch: batch["input_ids"].shape[1])  # every third of them has all lengths
+    batches = sorted(batches, key=lambda batch: batch["input_ids"].shape[1])  # every fourth of them has all lengths
 
     def fraction_at(price: float, every: int = 1) -> float:
         policy.price.fill_(price)
@@ -212,11 +212,11 @@ def measure_curve(
     model.eval()
     with torch.no_grad():
         for price in CURVE_PRICES:
-            fraction_at(price, every=3)
+            fraction_at(price, every=4)
         while len(prices) < policy.CURVE - CLOSING_POINTS:
             curve = sorted(zip(prices, fractions, strict=True))
             gaps = [(here[1] - there[1], (here[0] + there[0]) / 2) for here, there in pairwise(curve)]
-            fraction_at(max(gaps)[1], every=3)
+            fraction_at(max(gaps)[1], every=4)
         while len(prices) < policy.CURVE:
             above = [p for p, f in zip(prices, fractions, strict=True) if f > budget]
             left = max(above, default=LOWEST)
