@@ -128,7 +128,10 @@ def test_an_unknown_architecture_is_named():
 
 
 def test_all_configuration_problems_at_once():
-    config = DHTConfig(**SIZES | {"hidden_size": 61}, widths=[0, 9], search="trie", budget=1.5, format_version=9)
+    config = DHTConfig(
+        **SIZES | {"hidden_size": 61}, widths=[0, 9], wide_from=7, train_widths="some", search="trie", budget=1.5,
+        format_version=9,
+    )  # fmt: skip
     with pytest.raises(ConfigError) as caught:
         DHTForSequenceClassification(config)
     for part in (
@@ -136,6 +139,8 @@ def test_all_configuration_problems_at_once():
         "hidden_size: 61 is not a multiple of num_attention_heads = 5",
         "widths: got [0, 9], must be ascending numbers in 1..5",
         "search: got 'trie', allowed: tree, integrated",
+        "train_widths: got 'some', allowed: narrowest, all",
+        "wide_from: got 7, must be in 0..3",
         "budget: got 1.5, must be in (0, 1]",
     ):
         assert part in str(caught.value)

@@ -37,6 +37,11 @@ def test_price_moves_against_the_overspend(price, fraction, target):
         assert after <= price or after == LOWEST
 
 
+def test_below_zero_the_steps_are_larger():
+    assert dual_ascent(0.1, 0.2, 0.3, rate=0.1) == pytest.approx(0.09)
+    assert dual_ascent(-0.1, 0.2, 0.3, rate=0.1) == pytest.approx(-0.14)
+
+
 def test_price_finds_the_budget_of_a_responding_policy():
     """A policy that spends exp(-3 price): the price settles where that is the budget."""
     price = 0.02

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from builders import batch, dynamic_model
+from dht.hf.configuration import DHTConfig
 from dht.policy.reward import quality
 from dht.training import DHTTrainer
 
@@ -100,6 +101,19 @@ def test_optimism_acts():
     assert bool((explored.arm[:, 2] == len(model.policy.widths)).all())
     exploited = run(model, "exploit")[0].trace
     assert not bool((exploited.arm[:, 2] == len(model.policy.widths)).any())
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_from_wide_from_on_a_layer_offers_the_widest_only(search):
+    model = taught(search, wide_from=1, widths=[2, 4])
+    for mode, price in (("exploit", 0.0), ("exploit", 0.3), ("explore", 0.0), ("explore", -1.0), ("probe", 0.0)):
+        model.policy.price.fill_(price)
+        units = run(model, mode)[0].trace.units.sum(-1)
+        assert set(units[:, 1:].flatten().tolist()) <= {0, 4}, (mode, price)
+        assert set(units[:, 0].tolist()) <= {2, 4}
+    assert model.policy.sets_of(2).sum(-1).tolist() == [2, 4, 4]
+    assert dynamic_model(widths=[2, 5]).config.wide_from == 3, "the builder's own"
+    assert DHTConfig(num_hidden_layers=6).wide_from == 2
 
 
 @pytest.mark.parametrize("search", SEARCHES)
