@@ -99,10 +99,11 @@ def write_page(settings: TrainSettings, report: dict[str, Any], dense: dict[str,
             }
         )
     history = json.loads((settings.out / "dht" / "history.json").read_text(encoding="utf-8"))
+    name = Path(data.name).name  # of a folder the last part: a page that is passed on need not say where it lay
     meta = {
-        "title": f"dht on {data.name}",
+        "title": f"dht on {name}",
         "model": settings.model,
-        "data": f"{data.name}, {len(split)} texts of the {report['split']} split",
+        "data": f"{name}, {len(split)} texts of the {report['split']} split",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {settings.dtype}",
         "command": "dht demo",
