@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -11,16 +10,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from .curve import measure_curve
 from .hf.modeling import DHTForSequenceClassification, exit_loss
 from .plan import Mode, Trace
-from .policy.budget import HIGHEST, LOWEST, Schedule, dual_ascent
+from .policy.budget import Schedule, dual_ascent
 from .policy.reward import quality
-
-CURVE_PRICES = (-0.3, 0.0, 0.1, 0.3, 1.0)
-"""Prices at which the FLOPs fraction is measured first; further points halve the widest gaps between fractions."""
-
-CLOSING_POINTS = 4
-"""Last points of the curve: they close in on the trained budget."""
 
 BACKWARD = 2.0
 """FLOPs of a backward pass in units of its forward."""
@@ -179,49 +173,4 @@ def finish(trainer: DHTTrainer, batches: list[dict[str, Tensor]], budget: float,
                 policy.finish_step()
         policy.fix_head_sets(torch.cat(contexts))
     with trainer.compute_loss_context_manager():
-        measure_curve(trainer.dynamic, batches, budget, trainer.ledger)
-
-
-def measure_curve(
-    model: DHTForSequenceClassification, batches: list[dict[str, Tensor]], budget: float, ledger: Ledger | None = None
-) -> None:
-    """Measures the FLOPs fraction at a range of prices and keeps the curve in the policy, then sets `budget`.
-
-    Args:
-        batches: inputs without labels (labels are ignored).
-        ledger: charged with the passes.
-    """
-    policy = model.policy
-    prices, fractions = [], []
-    batches = sorted(batches, key=lambda batch: batch["input_ids"].shape[1])  # every fourth of them has all lengths
-
-    def fraction_at(price: float, every: int = 1) -> float:
-        policy.price.fill_(price)
-        executed = dense = 0.0
-        for batch in batches[::every]:
-            trace = model(**{k: v for k, v in batch.items() if k != "labels"}).trace
-            executed += float(trace.flops.sum())
-            dense += float(trace.dense_flops.sum())
-        if ledger is not None:
-            ledger.executed += executed
-        prices.append(price)
-        fractions.append(executed / dense)
-        return fractions[-1]
-
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        for price in CURVE_PRICES:
-            fraction_at(price, every=4)
-        while len(prices) < policy.CURVE - CLOSING_POINTS:
-            curve = sorted(zip(prices, fractions, strict=True))
-            gaps = [(here[1] - there[1], (here[0] + there[0]) / 2) for here, there in pairwise(curve)]
-            fraction_at(max(gaps)[1], every=4)
-        while len(prices) < policy.CURVE:
-            above = [p for p, f in zip(prices, fractions, strict=True) if f > budget]
-            left = max(above, default=LOWEST)
-            right = min((p for p in prices if p > left), default=HIGHEST)
-            fraction_at((left + right) / 2, every=2)
-    model.train(was_training)
-    policy.fix_curve(torch.tensor(prices, dtype=torch.float64), torch.tensor(fractions, dtype=torch.float64))
-    policy.set_budget(budget)
+        trainer.ledger.executed += measure_curve(trainer.dynamic, batches, budget)

@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from builders import batch, dynamic_model
+from dht.curve import measure_curve
 from dht.hf.configuration import DHTConfig
+from dht.measure import run_policy
+from dht.policy.budget import price_for
+from dht.policy.learned import CURVE
 from dht.policy.reward import quality
 from dht.training import DHTTrainer
 
@@ -104,6 +108,25 @@ def test_optimism_acts():
 
 
 @pytest.mark.parametrize("search", SEARCHES)
+def test_one_pass_tells_what_every_price_spends(search):
+    """What the curve says of a price is what the policy then executes, padding and its own arithmetic aside."""
+    model = taught(search, widths=[2])
+    model.policy.fix_head_sets(run(model, "probe")[0].trace.context)
+    batches = [batch(tuple(range(3, 15)), seed=seed) for seed in range(6)]
+    cost = measure_curve(model, batches, 0.3)
+    assert cost > 0
+    served = price_for(0.3, model.policy.curve_price, model.policy.curve_fraction)
+    assert float(model.policy.price) == served
+    spent = []
+    for price, told in zip(model.policy.curve_price.tolist(), model.policy.curve_fraction.tolist(), strict=True):
+        model.policy.price.fill_(price)
+        executed = run_policy(model, batches).flops_fraction
+        assert executed == pytest.approx(told, abs=0.03)
+        spent.append(executed)
+    assert len({round(fraction, 2) for fraction in spent}) > 2
+
+
+@pytest.mark.parametrize("search", SEARCHES)
 def test_from_wide_from_on_a_layer_offers_the_widest_only(search):
     model = taught(search, wide_from=1, widths=[2, 4])
     for mode, price in (("exploit", 0.0), ("exploit", 0.3), ("explore", 0.0), ("explore", -1.0), ("probe", 0.0)):
@@ -187,8 +210,8 @@ def test_integrated_learns_all_shallower_arms_at_once():
 
 def test_set_budget_reads_the_curve():
     model = dynamic_model()
-    prices = torch.logspace(-2, 1, model.policy.CURVE, dtype=torch.float64)
-    model.policy.fix_curve(prices, torch.linspace(0.9, 0.1, model.policy.CURVE, dtype=torch.float64))
+    prices = torch.logspace(-2, 1, CURVE, dtype=torch.float64)
+    model.policy.fix_curve(prices, torch.linspace(0.9, 0.1, CURVE, dtype=torch.float64))
     model.policy.set_budget(0.9)
     assert float(model.policy.price) == pytest.approx(0.01)
     model.policy.set_budget(0.1)

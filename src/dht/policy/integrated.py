@@ -63,6 +63,14 @@ class IntegratedPolicy(LearnedPolicy):
             arm = torch.full_like(arm, self.layers * count - 1)
         return arm
 
+    def would_spend(self, trace: Trace, price: float) -> Tensor:
+        context, count = trace.context[:, 0], len(self.widths)
+        index = ucb_index(self.numbers, self._with_every_width(context), 0.0, price).view(-1, count, self.layers)
+        arm = choose(index.transpose(1, 2).flatten(1))
+        layer = torch.arange(self.layers, device=context.device)
+        widths = torch.where(layer < self.wide_from, (arm % count)[:, None], count - 1)
+        return self._spent(trace, widths).gather(1, (arm // count)[:, None])[:, 0]
+
     def decision_flops(self, layer: int, cost: CostModel) -> float:
         return super().decision_flops(layer, cost) * self.layers if layer == 0 else 0.0
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from ..hf.configuration import DHTConfig
 
 
+CURVE = 13
+"""Points of the price curve."""
+
+
 class LearnedPolicy(Policy):
     """UCB over numbers and combinatorial Thompson sampling over head units; state is sufficient statistics only.
 
@@ -32,7 +36,6 @@ class LearnedPolicy(Policy):
         num_arms: numeric arms in all.
     """
 
-    CURVE = 13  # points of the measured price curve
     WIDTH_FEATURES = 3  # x, x^2 and x * confidence of an arm that runs x = k / H of the units
 
     projection: Tensor
@@ -64,8 +67,8 @@ class LearnedPolicy(Policy):
         )
         self.register_buffer("price", torch.tensor(0.02, dtype=torch.float64))
         self.register_buffer("step", torch.tensor(0, dtype=torch.long))
-        self.register_buffer("curve_price", torch.full((self.CURVE,), 0.02, dtype=torch.float64))
-        self.register_buffer("curve_fraction", torch.ones(self.CURVE, dtype=torch.float64))
+        self.register_buffer("curve_price", torch.full((CURVE,), 0.02, dtype=torch.float64))
+        self.register_buffer("curve_fraction", torch.ones(CURVE, dtype=torch.float64))
         self.register_buffer("head_sets", sets)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedPolicy:
@@ -108,6 +111,23 @@ class LearnedPolicy(Policy):
         for layer, ranked in enumerate(self.ranking()):
             sets[layer, ranked[: self.width_at(layer, width)]] = True
         return sets
+
+    def run_on(self, view: View) -> Decision:
+        """The decision to run every active row at its narrowest width, with the sets of inference."""
+        context = self._features(view)
+        narrowest = 0 if view.layer < self.wide_from else len(self.widths) - 1
+        width = torch.full_like(view.rows, narrowest)
+        sets, choice = self._pick_sets(view, context, width)
+        return Decision(sets, choice, width + 1, context, torch.zeros_like(width, dtype=torch.bool))
+
+    def would_spend(self, trace: Trace, price: float) -> Tensor:
+        """float64 [B], the FLOPs fraction of each row at another price, from a trace in which every row ran on."""
+        raise NotImplementedError
+
+    def _spent(self, trace: Trace, widths: Tensor) -> Tensor:
+        """float64 [B, N], fraction of dense FLOPs up to each layer if the layers run `widths` [B, N] (indices)."""
+        wide = self._shares(widths.device)[widths] / self._executed_shares(trace)
+        return (trace.layer_cost * wide).cumsum(-1)
 
     def _index_price(self, view: View) -> float:
         """The price that arms are compared at.
@@ -253,9 +273,10 @@ class LearnedPolicy(Policy):
                 self.head_sets[layer, i, : len(found)] = found
 
     def fix_curve(self, prices: Tensor, fractions: Tensor) -> None:
-        """Keeps the measured (price, FLOPs fraction) pairs, from which `set_budget` serves any budget."""
-        self.curve_price.copy_(prices)
-        self.curve_fraction.copy_(fractions)
+        """Keeps the (price, FLOPs fraction) pairs, at most `CURVE`, from which `set_budget` serves any budget."""
+        spare = CURVE - len(prices)
+        self.curve_price.copy_(torch.cat([prices, prices[-1:].expand(spare)]))
+        self.curve_fraction.copy_(torch.cat([fractions, fractions[-1:].expand(spare)]))
 
     def set_budget(self, budget: float) -> None:
         """Sets the price at which the measured fraction is `budget` (as near as the curve allows)."""

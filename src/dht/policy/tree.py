@@ -67,6 +67,19 @@ class TreePolicy(LearnedPolicy):
         sets, choice = self._pick_sets(view, context, arm - 1)
         return Decision(sets, choice, arm, context, wants_stop)
 
+    def would_spend(self, trace: Trace, price: float) -> Tensor:
+        context, rows = trace.context, len(trace.units)
+        stops = torch.zeros(rows, self.layers + 1, dtype=torch.bool, device=context.device)
+        stops[:, self.layers] = True
+        widths = torch.zeros(rows, self.layers, dtype=torch.long, device=context.device)
+        for layer in range(self.layers):
+            index = context[:, layer] @ self._greedy_weights(layer, price)
+            if layer:
+                stops[:, layer] = index.argmax(-1) == 0
+            widths[:, layer] = index[:, 1 if layer else 0 :].argmax(-1)
+        leaves = stops.int().argmax(-1)
+        return self._spent(trace, widths).gather(1, leaves[:, None] - 1)[:, 0]
+
     def _greedy_weights(self, layer: int, price: float) -> Tensor:
         """float64 [F, 1 + K] (before layer 1: [F, K], no stopping): context times this is the index without optimism.
 
