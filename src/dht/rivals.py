@@ -63,7 +63,6 @@ def rival(name: str, model: DHTForSequenceClassification, budget: float, calibra
 class _Depths:
     """All exits of full-depth runs with one fixed head set a layer."""
 
-    sets: Tensor
     outcome: Outcome
     cumulative: Tensor  # [n, N] FLOPs up to each exit
 
@@ -121,7 +120,7 @@ def match_exits(
     outcome = replace(outcome, exit_logits=outcome.exit_logits[:, :depth])
     tokens = round(float(torch.cat([batch["attention_mask"].sum(-1) for batch in calibration]).double().mean()))
     shares = model.encoder.cost.layer_shares(sets[:depth].sum(-1), tokens)
-    depths = _Depths(sets, outcome, outcome.flops[:, None] * shares.cumsum(0))
+    depths = _Depths(outcome, outcome.flops[:, None] * shares.cumsum(0))
     find = _confidence_depth if name == "confidence" else _patience_depth
     low, high = (0.0, 1.0) if name == "confidence" else (0.0, float(depth))
     affordable = depths.judged(find(outcome, low))[0] <= budget
