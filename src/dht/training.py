@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .curve import measure_curve
+from .distributed import merge_policy, rank, ranks, total
 from .hf.modeling import DHTForSequenceClassification, exit_loss
 from .plan import Mode, Trace
 from .policy.budget import Schedule, dual_ascent
@@ -45,10 +46,10 @@ class Ledger(TrainerCallback, ExportableState):
         """Training FLOPs executed so far as a fraction of dense training's."""
         return self.executed / self.dense if self.dense else 0.0
 
-    def step(self, trace: Trace) -> None:
-        """Counts one training step: forward and backward of the trace, and of the dense model."""
-        self.executed += (1 + BACKWARD) * float(trace.flops.sum())
-        self.dense += (1 + BACKWARD) * float(trace.dense_flops.sum())
+    def step(self, flops: float, dense_flops: float) -> None:
+        """Counts forward and backward of one training step, given its forward FLOPs and those of the dense model."""
+        self.executed += (1 + BACKWARD) * flops
+        self.dense += (1 + BACKWARD) * dense_flops
 
     def note(self, step: int, fraction: float, target: float, price: float, loss: float, every: int = 10) -> None:
         """Adds a line to the history every `every` steps: means over the window."""
@@ -66,6 +67,9 @@ class DHTTrainer(Trainer):
     gate gradients that pay the head units. Numeric arms are paid only with rows that the weights have not fitted:
     first-epoch rows (their quality is read before the update) and, every `feedback_every` steps, a batch of held-out
     rows that runs to full depth without gradients. The price moves after every step.
+
+    A step is an optimizer step: with gradient accumulation, or on several ranks, all batches of it are decided by the
+    same policy, which then learns from all of them at once, is equal on all ranks, and moves its price once.
 
     Args:
         feedback: returns the i-th batch of held-out labelled rows, on the model's device; None = first-epoch rows only.
@@ -90,7 +94,10 @@ class DHTTrainer(Trainer):
         self.schedule, self.feedback = schedule, feedback
         self.price_rate, self.feedback_every = price_rate, feedback_every
         self.model_accepts_loss_kwargs = False
-        self._trace: Trace | None = None
+        if self.args.ddp_find_unused_parameters is None:
+            self.args.ddp_find_unused_parameters = True  # ranks skip different layers
+        self._traces: list[tuple[Trace, Tensor]] = []
+        self._losses: list[Tensor] = []
 
     @property
     def ledger(self) -> Ledger:
@@ -111,7 +118,7 @@ class DHTTrainer(Trainer):
         output = model(**inputs, every_exit=training, mode=self._mode() if training else "exploit", tap_gates=training)
         loss = exit_loss(output.trace, labels)
         if training:
-            self._trace, self._labels = output.trace, labels
+            self._traces.append((output.trace, labels))
         return (loss, output) if return_outputs else loss
 
     def _mode(self) -> Mode:
@@ -120,28 +127,47 @@ class DHTTrainer(Trainer):
         return "survey" if share and self.state.global_step % round(1 / share) == 0 else "explore"
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One forward and backward, then what the policy learns from it."""
-        mode = self._mode()
+        """One forward and backward; with the last batch of an optimizer step, the policy learns from all of them."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        trace, policy = self._trace, self.dynamic.policy
-        assert trace is not None
-        step = self.state.global_step
+        self._losses.append(loss)
+        if self.accelerator.sync_gradients:
+            self._learn()
+        return loss
+
+    @torch.no_grad()
+    def _learn(self) -> None:
+        """One step of the policy: the traces of all accumulated batches and all ranks, then the price."""
+        policy, step = self.dynamic.policy, self.state.global_step
         target = self.schedule.at(step / max(self.state.max_steps, 1))
-        self.ledger.step(trace)
-        with torch.no_grad():
+        base = policy.snapshot()
+        for trace, labels in self._traces:
             policy.observe_units(trace)
             if self.feedback is None or (self.state.epoch or 0.0) < 1.0:
-                policy.observe(trace, quality(trace, self._labels, self.dynamic.config.reward))
-            if self.feedback is not None and step % self.feedback_every == 0:
-                self.probe(self.feedback(step // self.feedback_every))
-            price = float(policy.price)
-            if mode == "explore":  # a survey is not what the price asked for
-                price = dual_ascent(price, trace.flops_fraction, target, self.price_rate)
-                policy.price.fill_(price)
-            policy.finish_step()
-        self.ledger.note(step, trace.flops_fraction, target, price, float(loss))
-        self._trace = None
-        return loss
+                policy.observe(trace, quality(trace, labels, self.dynamic.config.reward))
+        if self.feedback is not None and step % self.feedback_every == 0:
+            self.probe(self.feedback(step // self.feedback_every * ranks() + rank()))
+        merge_policy(policy, base)
+        sums = [
+            sum(float(trace.flops.sum()) for trace, _ in self._traces),
+            sum(float(trace.dense_flops.sum()) for trace, _ in self._traces),
+            sum(float(loss) for loss in self._losses) / ranks(),
+        ]
+        flops, dense, loss = total(torch.tensor(sums, dtype=torch.float64, device=policy.price.device)).tolist()
+        self.ledger.step(flops, dense)
+        price = float(policy.price)
+        if self._mode() == "explore":  # a survey is not what the price asked for
+            price = dual_ascent(price, flops / dense, target, self.price_rate)
+            policy.price.fill_(price)
+        policy.finish_step()
+        self.ledger.note(step, flops / dense, target, price, loss)
+        self._traces, self._losses = [], []
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As `Trainer` does, with what the policy spends beside the loss: `flops_fraction`, `flops_target`, `price`."""
+        if "loss" in logs and self.ledger.history:
+            last = self.ledger.history[-1]
+            logs |= {"flops_fraction": last["fraction"], "flops_target": last["target"], "price": last["price"]}
+        super().log(logs, *args, **kwargs)
 
     def probe(self, batch: dict[str, Tensor]) -> Trace:
         """Runs held-out rows to full depth, without gradients, and lets the policy learn from every exit."""
@@ -153,12 +179,14 @@ class DHTTrainer(Trainer):
             trace: Trace = model(**inputs, mode="probe").trace
         model.train(was_training)
         model.policy.observe(trace, quality(trace, batch["labels"], model.config.reward))
-        self.ledger.executed += float(trace.flops.sum())
+        self.ledger.executed += float(total(trace.flops.sum()))
         return trace
 
 
 def finish(trainer: DHTTrainer, batches: list[dict[str, Tensor]], budget: float, passes: int = 1) -> None:
     """Readies the policy for serving once the weights are final: fresh probes, head sets, price curve, budget.
+
+    Ranks do all of it alike, each on all batches, so that they end with the same policy.
 
     Args:
         batches: held-out labelled rows.
@@ -173,4 +201,4 @@ def finish(trainer: DHTTrainer, batches: list[dict[str, Tensor]], budget: float,
                 policy.finish_step()
         policy.fix_head_sets(torch.cat(contexts))
     with trainer.compute_loss_context_manager():
-        trainer.ledger.executed += measure_curve(trainer.dynamic, batches, budget)
+        trainer.ledger.executed += measure_curve(trainer.dynamic, batches, budget) * ranks()

@@ -8,12 +8,15 @@ dense block of k heads, and what is left out is not computed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .packed import Packed
 
@@ -33,7 +36,29 @@ GateTap = Callable[[str, Tensor], None]
 the last axis it is d loss / d gate of a gate fixed at 1 on that unit's output."""
 
 
-class Block(nn.Module):
+class _Listen(torch.autograd.Function):
+    """The identity; in backward the tap gets activation * gradient.
+
+    The activation is saved as autograd saves it, not held by a hook: gradient checkpointing can drop and recompute it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, activation: Tensor, tap: GateTap, part: str, units: int) -> Tensor:
+        ctx.save_for_backward(activation)
+        ctx.tap, ctx.part, ctx.units = tap, part, units
+        return activation.view_as(activation)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (activation,) = ctx.saved_tensors
+        ctx.tap(ctx.part, (grads[0] * activation).unflatten(-1, (ctx.units, -1)))
+        return grads[0], None, None, None
+
+
+_listened = torch.compiler.disable(_Listen.apply)
+
+
+class Block(GradientCheckpointingLayer):
     """Attention and FFN with residual connections and layer norm, after (`post`) or before (`pre`) each part.
 
     Args:
@@ -62,7 +87,8 @@ class Block(nn.Module):
         size, share = width // heads, ffn // heads
         self.heads, self.coupled, self.pre_norm = heads, coupled, norm == "pre"
         self.dropout, self.attention_dropout = dropout, attention_dropout
-        self.qkv_weight = nn.Parameter(torch.empty(heads, 3, size, width))
+        # Three axes, because that is what adapters for stacks of experts know; `qkv_weight` shows four.
+        self.qkv = nn.Parameter(torch.empty(heads, 3 * size, width))
         self.qkv_bias = nn.Parameter(torch.empty(heads, 3, size))
         self.out_weight = nn.Parameter(torch.empty(heads, size, width))
         self.out_bias = nn.Parameter(torch.empty(width))
@@ -73,8 +99,13 @@ class Block(nn.Module):
         self.attention_norm = nn.LayerNorm(width, eps=eps)
         self.ffn_norm = nn.LayerNorm(width, eps=eps)
         self.activation = ACT2FN[activation]
-        self._slices: dict[tuple[int, ...], tuple[tuple[int, ...], tuple[Tensor, ...]]] = {}
+        self._slices: dict[tuple[int, ...], tuple[tuple[float, ...], tuple[Tensor, ...]]] = {}
         self.reset_parameters()
+
+    @property
+    def qkv_weight(self) -> Tensor:
+        """[H, 3, size, D], a view of the parameter `qkv`: query, key and value rows of every head."""
+        return self.qkv.unflatten(1, (3, -1))
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Draws weights from N(0, std^2) and zeroes biases, as BERT does."""
@@ -102,14 +133,15 @@ class Block(nn.Module):
         mixed = self._attend(
             rows, source, qkv_weight, qkv_bias, bias if units is None or bias is None else bias[:, units]
         )
-        self._listen(tap, "attention", mixed, qkv_weight.shape[0])
+        if tap is not None:
+            mixed = _listened(mixed, tap, "attention", qkv_weight.shape[0])
         hidden = hidden + self._drop(torch.addmm(self.out_bias, mixed, out_weight.flatten(0, 1)))
         if not self.pre_norm:
             hidden = self.attention_norm(hidden)
         source = self.ffn_norm(hidden) if self.pre_norm else hidden
         inner = self.activation(F.linear(source, up_weight.flatten(0, 1), up_bias.flatten()))
-        if self.coupled:
-            self._listen(tap, "ffn", inner, up_weight.shape[0])
+        if tap is not None and self.coupled:
+            inner = _listened(inner, tap, "ffn", up_weight.shape[0])
         hidden = hidden + self._drop(torch.addmm(self.down_bias, inner, down_weight.flatten(0, 1)))
         return hidden if self.pre_norm else self.ffn_norm(hidden)
 
@@ -135,18 +167,23 @@ class Block(nn.Module):
     def _drop(self, hidden: Tensor) -> Tensor:
         return F.dropout(hidden, self.dropout, self.training) if self.dropout and self.training else hidden
 
+    @torch.compiler.disable
     def _sliced(self, units: Tensor | None) -> tuple[Tensor, ...]:
-        """The weights of `units`; without gradients the copies are kept until a weight changes."""
+        """The weights of `units`; without gradients the copies are kept until a weight changes.
+
+        A change through `.data`, as of adapters merged into the weights, raises no version: an entry of every unit's
+        weights is looked at too. Weights that an adapter computes at every call are not kept.
+        """
         ffn = (self.up_weight, self.up_bias, self.down_weight)
         whole = (self.qkv_weight, self.qkv_bias, self.out_weight, *ffn)
         if units is None:
             return whole
         chosen = whole if self.coupled else whole[:3]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_parametrized(self):
             sliced = tuple(weight.index_select(0, units) for weight in chosen)
         else:
             key = tuple(units.tolist())
-            version = (_STEPS[0], *(x for w in chosen for x in (w.data_ptr(), w._version)))
+            version = (_STEPS[0], *(x for w in chosen for x in (w.data_ptr(), w._version, *_probe(w))))
             known = self._slices.get(key)
             if known is None or known[0] != version:
                 if len(self._slices) >= 64:
@@ -155,9 +192,8 @@ class Block(nn.Module):
             sliced = self._slices[key][1]
         return sliced if self.coupled else (*sliced, *ffn)
 
-    @staticmethod
-    def _listen(tap: GateTap | None, part: str, activation: Tensor, units: int) -> None:
-        if tap is None or not activation.requires_grad:
-            return
-        kept = activation.detach()
-        activation.register_hook(lambda grad: tap(part, (grad * kept).unflatten(-1, (units, -1))))
+
+def _probe(weight: Tensor) -> list[float]:
+    """One entry of every unit's part of the weight."""
+    parts = weight.flatten(1)
+    return list(parts[:, parts.shape[1] // 2].tolist())

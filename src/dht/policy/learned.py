@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 CURVE = 13
 """Points of the price curve."""
+
+PARTS = ("numbers", "units")
+"""The posteriors of a learned policy."""
+
+
+def _part(statistics: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{part}."): v for name, v in statistics.items() if name.startswith(f"{part}.")}
 
 
 class LearnedPolicy(Policy):
@@ -255,6 +262,31 @@ class LearnedPolicy(Policy):
         for statistic in (self.numbers.gram, self.numbers.moment, self.numbers.pulls):
             statistic.zero_()
         self.numbers.invalidate()
+
+    # Several ranks
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copies of the statistics, for `delta_since` and `merge`."""
+        return {f"{part}.{name}": value for part in PARTS for name, value in getattr(self, part).snapshot().items()}
+
+    def delta_since(self, snapshot: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What this policy has learned since the snapshot."""
+        return {
+            f"{part}.{name}": value
+            for part in PARTS
+            for name, value in getattr(self, part).delta_since(_part(snapshot, part)).items()
+        }
+
+    @torch.no_grad()
+    def merge(self, base: Mapping[str, Tensor], deltas: Sequence[Mapping[str, Tensor]]) -> None:
+        """Returns nothing; the policy becomes what one that saw the rows of all ranks would be (`LinearPosterior.merge`).
+
+        Args:
+            base: the `snapshot` that all ranks started from.
+            deltas: one `delta_since(base)` a rank, in the same order on every rank.
+        """
+        for part in PARTS:
+            getattr(self, part).merge(_part(base, part), [_part(delta, part) for delta in deltas])
 
     # What serving needs
 
