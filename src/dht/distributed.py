@@ -5,11 +5,32 @@ Without a process group every function leaves its argument as it is.
 
 from __future__ import annotations
 
+import os
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from torch import Tensor
 
-from .policy.learned import LearnedPolicy
+if TYPE_CHECKING:
+    from .policy.learned import LearnedPolicy
+
+
+def join(cpu: bool) -> None:
+    """Returns nothing; joins the process group if a launcher (`accelerate launch`, `torchrun`) started several processes.
+
+    Args:
+        cpu: use gloo even if there is a GPU.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        PartialState(cpu=cpu)
+
+
+def wait() -> None:
+    """Returns nothing, once every rank has come here."""
+    if ranks() > 1:
+        dist.barrier()
 
 
 def ranks() -> int:
@@ -28,6 +49,17 @@ def total(values: Tensor) -> Tensor:
         values = values.clone()
         dist.all_reduce(values)
     return values
+
+
+def most(count: int) -> int:
+    """The largest `count` of all ranks."""
+    if ranks() == 1:
+        return count
+    largest = torch.tensor(count)
+    if dist.get_backend() == "nccl":
+        largest = largest.cuda()
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def merge_policy(policy: LearnedPolicy, base: dict[str, Tensor]) -> None:

@@ -29,7 +29,9 @@ from ._files import explained, write_json
 from .calibrate import calibrate
 from .config import TrainSettings
 from .data import TextData, load_data
+from .distributed import join, rank, ranks, wait
 from .errors import CheckpointError, DHTError
+from .hf.card import CARD, write_card
 from .hf.convert import FAMILIES, export
 from .hf.modeling import DHTForSequenceClassification
 from .load import build, by_length, collate, device_of, tokenise
@@ -76,6 +78,9 @@ def train(
 ) -> dict[str, Any]:
     """Trains, evaluates on the test split, fills `settings.out`, and returns the report.
 
+    Started by `accelerate launch` or `torchrun`, all ranks train together; only the first one evaluates, writes and
+    speaks, and the others return nothing.
+
     Args:
         resume: go on from the last complete checkpoint in `settings.out`.
         overwrite: replace a run that is already there.
@@ -86,6 +91,8 @@ def train(
         KeyboardInterrupt: passed on; the last checkpoint stays usable.
     """
     fitted = fit(settings, resume=resume, overwrite=overwrite, say=say)
+    if rank():
+        return {}
     model, tokenizer, data, report = fitted.model, fitted.tokenizer, fitted.data, fitted.report
     if fitted.history:
         write_json(settings.out / "history.json", fitted.history)
@@ -121,9 +128,13 @@ def fit(
     settings.check()
     device = device_of(settings.device)
     checkpoints = settings.out / "checkpoints"
+    join(settings.device == "cpu")
+    if rank():
+        say = lambda _: None  # noqa: E731
     start = _last_checkpoint(checkpoints) if resume else None
-    if start is None:
+    if start is None and not rank():
         claim_folder(settings.out, overwrite)
+    wait()
     data = load_data(
         settings.data, text_column=settings.text_column, label_column=settings.label_column, seed=settings.seed,
         splits=("train", "validation"), optional=("test",),
@@ -134,7 +145,8 @@ def fit(
     model, tokenizer = build(settings, data.label_names, options)
     cast(nn.Module, model).to(device)
     rows = {name: tokenise(tokenizer, getattr(data, name), settings.max_length) for name in ("train", "validation")}
-    write_json(settings.out / "run.json", settings.as_json())
+    if not rank():
+        write_json(settings.out / "run.json", settings.as_json())
     if start:
         say(f"resuming from {start}")
 
@@ -184,7 +196,7 @@ def claim_folder(out: Path, overwrite: bool) -> None:
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise DHTError(f"--out: {out} already holds files; give another folder, --resume to go on, or --overwrite")
-        for name in ("checkpoints", "report.json", "history.json", "run.json", "model.safetensors", "config.json"):
+        for name in ("checkpoints", "report.json", "history.json", "run.json", CARD, "model.safetensors", "config.json"):
             path = out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     try:
@@ -216,7 +228,8 @@ class _MarkComplete(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if folder.is_dir():
+        wait()  # every rank writes its own random states
+        if folder.is_dir() and state.is_world_process_zero:
             write_json(
                 folder / COMPLETE, {"sizes": {p.name: p.stat().st_size for p in folder.iterdir() if p.is_file()}}
             )
@@ -299,7 +312,7 @@ def calibrated(
     with autocast(model.device, getattr(torch, settings.dtype)):
         passes = calibrate(model, sample)
     dense = sum(float(model.encoder.cost.dense(batch["attention_mask"].sum(-1)).sum()) for batch in sample)
-    return Ledger(executed=passes * dense / len(sample))
+    return Ledger(executed=passes * dense / len(sample) * ranks())
 
 
 def _sample(
@@ -388,6 +401,7 @@ def save_run(
     with explained(out):
         tokenizer.save_pretrained(out)
         write_json(out / "report.json", report)
+        write_card(out, model, report)
         model.save_pretrained(staged)
         for name in ("model.safetensors", "config.json"):
             (staged / name).replace(out / name)

@@ -100,6 +100,11 @@ class DHTForSequenceClassification(PreTrainedModel):
             raise ConfigError("gradient_checkpointing_kwargs: got use_reentrant=True, allowed: use_reentrant=False")
         super()._set_gradient_checkpointing(*args, **kwargs)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the blocks (`torch.compile`'s arguments); the loop over layers, where the policy decides, is Python."""
+        for block in self.encoder.blocks:
+            block.compile(*args, **kwargs)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.embeddings.words
 

@@ -31,6 +31,9 @@ def _count_step(*_: object) -> None:
 
 register_optimizer_step_post_hook(_count_step)
 
+VARIANTS = 64
+"""Compiled variants of a block that are allowed before Python takes over."""
+
 GateTap = Callable[[str, Tensor], None]
 """Called in backward with "attention" or "ffn" and activation * gradient, [S, k, size]: summed over a row's tokens and
 the last axis it is d loss / d gate of a gate fixed at 1 on that unit's output."""
@@ -127,12 +130,25 @@ class Block(GradientCheckpointingLayer):
             bias: [1, H, T', T'], added to the attention logits (T' at least the longest row), or None.
             tap: receives gate gradients during backward.
         """
+        rows.lay_out()
+        return self._run(rows, self._sliced(units), bias if units is None or bias is None else bias[:, units], tap)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As of every module, for any number of tokens and head units; choosing the weights is left to Python.
+
+        One row or unit is a case of its own to the compiler, as are no padding, no gradients, and every mix of these:
+        more variants than it allows by default.
+        """
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, VARIANTS)
+        object.__setattr__(self, "_run", torch.compile(self._run, *args, **{"dynamic": True} | kwargs))
+
+    def _run(self, rows: Packed, weights: tuple[Tensor, ...], bias: Tensor | None, tap: GateTap | None) -> Tensor:
+        """`forward` on the sliced weights: tensors in, tensors out."""
         hidden = rows.hidden
-        qkv_weight, qkv_bias, out_weight, up_weight, up_bias, down_weight = self._sliced(units)
+        qkv_weight, qkv_bias, out_weight, up_weight, up_bias, down_weight = weights
         source = self.attention_norm(hidden) if self.pre_norm else hidden
-        mixed = self._attend(
-            rows, source, qkv_weight, qkv_bias, bias if units is None or bias is None else bias[:, units]
-        )
+        mixed = self._attend(rows, source, qkv_weight, qkv_bias, bias)
         if tap is not None:
             mixed = _listened(mixed, tap, "attention", qkv_weight.shape[0])
         hidden = hidden + self._drop(torch.addmm(self.out_bias, mixed, out_weight.flatten(0, 1)))
@@ -167,7 +183,6 @@ class Block(GradientCheckpointingLayer):
     def _drop(self, hidden: Tensor) -> Tensor:
         return F.dropout(hidden, self.dropout, self.training) if self.dropout and self.training else hidden
 
-    @torch.compiler.disable
     def _sliced(self, units: Tensor | None) -> tuple[Tensor, ...]:
         """The weights of `units`; without gradients the copies are kept until a weight changes.
 
@@ -195,5 +210,7 @@ class Block(GradientCheckpointingLayer):
 
 def _probe(weight: Tensor) -> list[float]:
     """One entry of every unit's part of the weight."""
+    if not isinstance(weight, Tensor):  # int8 weights do not change
+        return []
     parts = weight.flatten(1)
     return list(parts[:, parts.shape[1] // 2].tolist())

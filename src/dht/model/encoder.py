@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..cost import CostModel
 from .block import Block
@@ -187,6 +188,11 @@ class Encoder(nn.Module):
             width, heads, config.intermediate_size, config.num_hidden_layers, classes, config.ffn == "coupled",
             poolings[-1] == "attention",
         )  # fmt: skip
+
+    @property
+    def sharded(self) -> bool:
+        """True if the blocks are shards of FSDP2 (`fully_shard`), whose calls gather them from all ranks."""
+        return isinstance(self.blocks[0], FSDPModule)
 
     def pool(self, layer: int, rows: Packed) -> Tensor:
         """[R, D], what the exit after `layer` in 1..N reads of the rows."""

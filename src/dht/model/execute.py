@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..distributed import most
 from ..plan import Exit, Mode, Trace
 from .encoder import Encoder
 from .packed import Packed
@@ -48,7 +49,7 @@ def execute(
     Raises:
         ValueError: a row has no real token.
     """
-    from ..policy.base import View
+    from ..policy.base import View, nobody
 
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -69,6 +70,7 @@ def execute(
     )
     logits: Tensor | None = None
     previous: Tensor | None = None
+    in_step = encoder.sharded  # every rank then has to make as many calls of a block as the others
 
     def leave(layer: int, rows: Packed) -> None:
         """Rows that end after `layer` without having been read by the policy still owe their exit."""
@@ -77,13 +79,13 @@ def execute(
             trace.flops[rows.rows] += encoder.exit_cost(layer, rows)
 
     for layer in range(num_layers):
-        if not packed.rows.numel():
+        if not packed.rows.numel() and not in_step:
             break
         started = time.perf_counter()
         view = View(layer, packed, logits, previous, input_ids, attention_mask, trace, mode)
         with torch.no_grad():  # a choice has no gradient, and what a policy keeps may come from inference
-            decision = policy.decide(view)
-        if learns:
+            decision = policy.decide(view) if packed.rows.numel() else nobody(packed.rows, heads)
+        if learns and packed.rows.numel():
             trace.decisions.append((packed.rows, decision))
         trace.policy_seconds += time.perf_counter() - started
 
@@ -100,12 +102,15 @@ def execute(
             packed = packed.select(order)
             if logits is not None:
                 logits = logits[order]
-            if not packed.rows.numel():
+            if not packed.rows.numel() and not in_step:
                 break
 
         gates = trace.gate_grads.setdefault(layer, []) if tap_gates else []
         used = [(units, count) for units, count in zip(decision.sets, counts, strict=True) if count]
-        groups = packed.split([count for _, count in used])
+        spare = most(len(used)) - len(used) if in_step else 0
+        if not used and not spare:
+            break
+        groups = packed.split([count for _, count in used]) if used else []
         outputs = []
         for (mask, _), group in zip(used, groups, strict=True):
             size = int(mask.sum())
@@ -115,6 +120,7 @@ def execute(
             trace.units[group.rows, layer] = mask
             spent = cost.layer(group.lengths, size, group.max_length)
             trace.layer_cost[group.rows, layer] = spent
+        outputs += [encoder.blocks[layer](packed.select(packed.rows[:0]), None, bias) for _ in range(spare)]
         packed = packed.with_hidden(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
         previous, logits = logits, None
         if policy.reads_exits or every_exit or layer == num_layers - 1:
