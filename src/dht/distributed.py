@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def join(cpu: bool) -> None:
-    """Returns nothing; joins the process group if a launcher (`accelerate launch`, `torchrun`) started several processes.
+    """Returns nothing; joins the process group if `accelerate launch` or `torchrun` started several processes.
 
     Args:
         cpu: use gloo even if there is a GPU.
@@ -39,7 +39,7 @@ def ranks() -> int:
 
 
 def rank() -> int:
-    """This process among them, from 0."""
+    """Which of them this process is, from 0."""
     return dist.get_rank() if ranks() > 1 else 0
 
 
@@ -78,7 +78,10 @@ def merge_policy(policy: LearnedPolicy, base: dict[str, Tensor]) -> None:
     dist.all_gather(gathered, flat)
     sizes = [value.numel() for value in own.values()]
     deltas = [
-        {name: part.view_as(like).to(like.dtype) for (name, like), part in zip(own.items(), each.split(sizes), strict=True)}
+        {
+            name: part.view_as(like).to(like.dtype)
+            for (name, like), part in zip(own.items(), each.split(sizes), strict=True)
+        }
         for each in gathered
     ]
     policy.merge(base, deltas)

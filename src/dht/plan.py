@@ -100,6 +100,20 @@ class Trace:
     gate_grads: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
     policy_seconds: float = 0.0
 
+    def __getitem__(self, row: int) -> Trace:
+        """What ran for one row, as a batch of that row; without what the policy learns from.
+
+        Raises:
+            IndexError: no such row.
+        """
+        if not -len(self.units) <= row < len(self.units):
+            raise IndexError(f"row {row} of a trace of {len(self.units)} rows")
+        at = torch.arange(len(self.units), device=self.units.device)[[row]]
+        exits = [Exit(e.layer, torch.zeros_like(at), e.logits[e.rows == at]) for e in self.exits if at in e.rows]
+        tables = (table[at] for table in (self.units, self.flops, self.dense_flops))
+        seconds = self.policy_seconds / len(self.units)
+        return Trace(*tables, exits, self.logits[at], layer_cost=self.layer_cost[at], policy_seconds=seconds)
+
     @property
     def layers(self) -> Tensor:
         """int64 [B], layers run by each row."""

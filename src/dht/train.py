@@ -196,7 +196,8 @@ def claim_folder(out: Path, overwrite: bool) -> None:
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise DHTError(f"--out: {out} already holds files; give another folder, --resume to go on, or --overwrite")
-        for name in ("checkpoints", "report.json", "history.json", "run.json", CARD, "model.safetensors", "config.json"):
+        files = ("report.json", "history.json", "run.json", CARD, "model.safetensors", "config.json")
+        for name in ("checkpoints", *files):
             path = out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     try:

@@ -140,8 +140,8 @@ class DHTTrainer(Trainer):
         policy, step = self.dynamic.policy, self.state.global_step
         target = self.schedule.at(step / max(self.state.max_steps, 1))
         base = policy.snapshot()
+        policy.observe_units(*(trace for trace, _ in self._traces))
         for trace, labels in self._traces:
-            policy.observe_units(trace)
             if self.feedback is None or (self.state.epoch or 0.0) < 1.0:
                 policy.observe(trace, quality(trace, labels, self.dynamic.config.reward))
         if self.feedback is not None and step % self.feedback_every == 0:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, StrictUndefined
 
+from .._files import write_text
 from .modeling import DHTForSequenceClassification
 
 CARD = "README.md"
@@ -52,8 +53,8 @@ Trained with `dht train` on `{{ source }}` for a budget of {{ "%g" % config.budg
 {% for what, value in figures -%}
 | {{ what }} | {{ value }} |
 {% endfor %}
-The dense model is the same architecture without exits, on the same tokens and batches, in the same process; seconds depend
-on the machine. One seed: no claim about other data, languages or seeds.
+The dense model is the same architecture without exits, on the same tokens and batches, in the same process; seconds
+depend on the machine. One seed: no claim about other data, languages or seeds.
 
 ## Use
 
@@ -83,10 +84,10 @@ classify.model.policy.set_budget({{ "%g" % cheaper }})  # fraction of the dense 
 
 ## Intended use and limits
 
-Classifying texts like those it was trained on, where the cost of an answer matters. It gives the errors and the biases of
-its data and of the weights it started from; check it on your own texts, at the budget you will run, before you rely on it.
-Inputs that the policy finds easy get less computation: look at the errors among them too. The measured fraction holds on
-average over such data, not for a single input, and texts of another kind may cost more or less.
+Classifying texts like those it was trained on, where the cost of an answer matters. It has the errors and biases of its
+data and of the weights it started from: check it on your own texts, at the budget you will run, before you rely on it.
+Inputs that the policy finds easy get less computation: look at the errors among them too. The measured fraction is a
+mean over such data, no bound for a single input, and texts of another kind may cost more or less.
 """
 
 
@@ -143,9 +144,7 @@ def card(model: DHTForSequenceClassification, report: Mapping[str, Any], name: s
 
 def write_card(folder: Path, model: DHTForSequenceClassification, report: Mapping[str, Any]) -> None:
     """Writes the card into a run's folder, which names the model."""
-    staged = folder / f".{CARD}"
-    staged.write_text(card(model, report, folder.resolve().name or "model"), encoding="utf-8")
-    staged.replace(folder / CARD)
+    write_text(folder / CARD, card(model, report, folder.resolve().name or "model"))
 
 
 def _is_number(value: object) -> bool:
@@ -154,10 +153,4 @@ def _is_number(value: object) -> bool:
 
 def _on_hub(name: str) -> bool:
     """Whether the Hub could know the name: `owner/name`, and no file of this machine."""
-    if name.count("/") != 1 or Path(name).exists():
-        return False
-    try:
-        validate_repo_id(name)
-    except ValueError:
-        return False
-    return True
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not Path(name).exists()

@@ -55,7 +55,7 @@ class DHTForSequenceClassification(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean over the batch's rows, whatever the batches accumulated with it
-    _no_split_modules = ("Block",)
+    _no_split_modules = ["Block"]  # noqa: RUF012
     _supports_sdpa = True
 
     def __init__(self, config: DHTConfig) -> None:
@@ -101,7 +101,7 @@ class DHTForSequenceClassification(PreTrainedModel):
         super()._set_gradient_checkpointing(*args, **kwargs)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles the blocks (`torch.compile`'s arguments); the loop over layers, where the policy decides, is Python."""
+        """Compiles the blocks (arguments of `torch.compile`), not the loop over layers, where the policy decides."""
         for block in self.encoder.blocks:
             block.compile(*args, **kwargs)
 

@@ -108,7 +108,8 @@ class Block(GradientCheckpointingLayer):
     @property
     def qkv_weight(self) -> Tensor:
         """[H, 3, size, D], a view of the parameter `qkv`: query, key and value rows of every head."""
-        return self.qkv.unflatten(1, (3, -1))
+        weight: Tensor = self.qkv.unflatten(1, (3, -1))
+        return weight
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Draws weights from N(0, std^2) and zeroes biases, as BERT does."""
@@ -210,7 +211,5 @@ class Block(GradientCheckpointingLayer):
 
 def _probe(weight: Tensor) -> list[float]:
     """One entry of every unit's part of the weight."""
-    if not isinstance(weight, Tensor):  # int8 weights do not change
-        return []
     parts = weight.flatten(1)
     return list(parts[:, parts.shape[1] // 2].tolist())

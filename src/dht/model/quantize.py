@@ -51,6 +51,9 @@ class Int8Weight:
     def _version(self) -> int:
         return self.values._version
 
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.values[index]
+
     def data_ptr(self) -> int:
         """Where the values lie."""
         return self.values.data_ptr()
@@ -92,8 +95,8 @@ def _product(hidden: Tensor, values: Tensor, scale: Tensor) -> Tensor:
 def quantize(model: DHTForSequenceClassification) -> DHTForSequenceClassification:
     """Returns `model` itself with the blocks' weights in int8, ready for inference on a CPU.
 
-    The policy is untouched: it decides from the exits of the rounded model. A saved model stays in float: quantise after
-    loading, which takes milliseconds.
+    The policy is untouched: it decides from the exits of the rounded model. A saved model stays in float: quantise
+    after loading, which takes milliseconds.
 
     Raises:
         DHTError: the model is not on a CPU; later, on an attempt to save the quantised model.

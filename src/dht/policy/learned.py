@@ -219,16 +219,21 @@ class LearnedPolicy(Policy):
 
     # Learning
 
-    def observe_units(self, trace: Trace) -> None:
+    def observe_units(self, *traces: Trace) -> None:
         """Semi-bandit update from gate gradients: each executed unit is paid |d loss / d gate|, scaled per layer.
 
         The gradient is the first-order change of the row's loss if the unit were removed (Michel et al. 2019,
         arXiv 1905.10650). Its size falls as training goes on, and the units that ran are the good ones, so the scale is
         such that they are paid on average what was expected of them: only their order and spread are news. Scaling them
         to a mean of 1 would wear down the best units until untried ones look better, and the sets would never settle.
+
+        Several traces count as decided at once: what was expected of a unit is what was before all of them.
         """
-        if not trace.gate_grads:
-            return
+        for context, weight, target in [self._paid_units(trace) for trace in traces if trace.gate_grads]:
+            self.units.update(context, weight, target)
+
+    def _paid_units(self, trace: Trace) -> tuple[Tensor, Tensor, Tensor]:
+        """Contexts, weights and targets of the update that a trace asks for."""
         rows, layers, heads = trace.units.shape
         value = torch.zeros(rows, layers, heads, dtype=torch.float64, device=trace.units.device)
         for layer, groups in trace.gate_grads.items():
@@ -250,7 +255,7 @@ class LearnedPolicy(Policy):
         pair = torch.arange(len(good), device=value.device)
         weight[pair, at] = self.unit_weight * ran[row, at].double()
         target[pair, at] = value[row, at]
-        self.units.update(context[row, at], weight.flatten(1), target.flatten(1))
+        return context[row, at], weight.flatten(1), target.flatten(1)
 
     def finish_step(self) -> None:
         """Moves the random draws on; called once after each training or probe step."""
@@ -279,7 +284,9 @@ class LearnedPolicy(Policy):
 
     @torch.no_grad()
     def merge(self, base: Mapping[str, Tensor], deltas: Sequence[Mapping[str, Tensor]]) -> None:
-        """Returns nothing; the policy becomes what one that saw the rows of all ranks would be (`LinearPosterior.merge`).
+        """Returns nothing; the policy becomes what one that saw the rows of all ranks would be.
+
+        See `LinearPosterior.merge`.
 
         Args:
             base: the `snapshot` that all ranks started from.

@@ -1,0 +1,215 @@
+"""What is done to blocks leaves their results alone: checkpointing, compilation; and int8, which nearly does."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+import dht
+from builders import batch, dynamic_model, random_plan
+from dht.errors import ConfigError, DHTError
+from dht.model.quantize import Int8Weight, quantize
+from dht.policy.baselines import DensePolicy, FixedPlan
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.dropout = module.attention_dropout = 0.0
+    return model
+
+
+def gradients(model, seed=0, **options):
+    """Loss, gradients and gate gradients of a step under a plan with many head sets."""
+    model.zero_grad()
+    output = model(**batch(seed=seed), policy=FixedPlan(random_plan(7, seed=seed)), tap_gates=True, **options)
+    output.loss.backward()
+    gates = [grads for layer in sorted(output.trace.gate_grads) for *_, grads in output.trace.gate_grads[layer]]
+    return output.loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, gates
+
+
+def same(ours, theirs):
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
+
+
+class Counting(torch.overrides.TorchFunctionMode):
+    """Counts attention calls."""
+
+    calls = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.calls += function is nn.functional.scaled_dot_product_attention
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["bert", "dht"])
+def test_checkpointed_gradients_are_the_same(family):
+    plain = without_dropout(dynamic_model(family)).train()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed._set_gradient_checkpointing(True, gradient_checkpointing_func=_checkpoint)
+    with Counting() as once:
+        loss, grads, gates = gradients(plain)
+    with Counting() as twice:
+        again, regrads, regates = gradients(checkpointed)
+    assert twice.calls == 2 * once.calls, "every block ran again in backward"
+    same([loss, *grads.values(), *gates], [again, *regrads.values(), *regates])
+    assert list(grads) == list(regrads)
+
+
+def test_checkpointing_keeps_no_activations_for_the_gates():
+    """What autograd holds between forward and backward shrinks although the gates are listened to."""
+
+    def held(model):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+            model(**batch(), policy=DensePolicy(5), tap_gates=True)
+        return sum(sizes)
+
+    model = without_dropout(dynamic_model("bert")).train()
+    before = held(model)
+    model._set_gradient_checkpointing(True, gradient_checkpointing_func=_checkpoint)
+    assert held(model) < before / 2
+
+
+def _checkpoint(function, *args):
+    return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
+
+
+def test_the_reentrant_variant_is_refused():
+    model = dynamic_model()
+    name = "activation_checkpointing_enable"  # since transformers 5.23
+    enable = getattr(model, name) if hasattr(model, name) else model.gradient_checkpointing_enable
+    with pytest.raises(ConfigError, match="got use_reentrant=True, allowed: use_reentrant=False"):
+        enable({"use_reentrant": True})
+
+
+@pytest.fixture
+def dynamo():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+# What the compiler's own code warns of while it traces: it looks at `.grad` of views, and uses torch.jit.
+COMPILER = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+]
+
+
+def of_compiler(test):
+    for mark in COMPILER:
+        test = mark(test)
+    return test
+
+
+@of_compiler
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_blocks_give_the_same(backend, dynamo):
+    plain = without_dropout(dynamic_model("bert"))
+    compiled = copy.deepcopy(plain)
+    compiled.compile(backend=backend)
+    plan = random_plan(6, seed=1)
+    plan.units[:] = plan.units[:1]
+    plan.units[:3, 1:] = False
+    inputs = batch((5, 3, 9, 4, 8, 2))
+    for model in (plain, compiled):
+        model.zero_grad()
+    ours, theirs = (model(**inputs, policy=FixedPlan(plan)) for model in (compiled, plain))
+    ours.loss.backward()
+    theirs.loss.backward()
+    same([ours.logits], [theirs.logits])
+    pairs = zip(compiled.parameters(), plain.parameters(), strict=True)
+    same(*zip(*((mine.grad, other.grad) for mine, other in pairs if other.grad is not None), strict=True))
+    graphs = dynamo["stats"]["unique_graphs"]
+    assert graphs > 0
+    assert not dynamo["graph_break"], "a block is one graph"
+    # Other numbers of rows and tokens run through the graphs that are there.
+    for lengths in ((4, 7, 2, 6), (11, 3, 10, 2, 5, 9, 4, 8)):
+        inputs, plan = batch(lengths), random_plan(len(lengths), seed=1)
+        plan.units[:] = plan.units[:1]
+        plan.units[: len(lengths) // 2, 1:] = False
+        same([compiled(**inputs, policy=FixedPlan(plan)).logits], [plain(**inputs, policy=FixedPlan(plan)).logits])
+    assert dynamo["stats"]["unique_graphs"] <= graphs + 1
+
+
+@of_compiler
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler")
+def test_inductor_compiles_a_block(dynamo):
+    plain = dynamic_model("bert")
+    compiled = copy.deepcopy(plain)
+    # Building the compiler's own headers first pays for many kernels, not for one.
+    compiled.encoder.blocks[0].compile(options={"cpp_cache_precompile_headers": False})
+    with torch.no_grad():
+        ours, theirs = (model(**batch((5, 3, 9)), policy=DensePolicy(5)).logits for model in (compiled, plain))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert dynamo["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("options", [{"family": "bert"}, {"family": "mpnet", "ffn": "dense"}, {"family": "dht"}])
+def test_int8_is_near_the_float_model(options):
+    plain = dynamic_model(**options)
+    rounded = dht.quantize(copy.deepcopy(plain))
+    policy = FixedPlan(random_plan(7))
+    with torch.no_grad():
+        ours, theirs = (model(**batch(), policy=policy).logits for model in (rounded, plain))
+    assert 0 < float((ours - theirs).abs().max()) < 0.1 * float(theirs.std())
+
+
+def test_int8_products_are_those_of_the_rounded_weights():
+    """Against float64 arithmetic on the same rounded numbers, both orders of axes, with units left out."""
+    torch.manual_seed(0)
+    weight, hidden, bias = torch.randn(5, 12, 30), torch.randn(7, 30), torch.randn(36)
+    units = torch.tensor([0, 2, 3])
+    kept = Int8Weight.of(weight, (-1,)).index_select(0, units).flatten(0, 1)
+    restored = kept.values.double() * kept.scale
+    assert (restored - weight[units].flatten(0, 1)).abs().max() <= kept.scale.max() / 2 + 1e-6
+    step = hidden.double().abs().amax(1, keepdim=True) / 127
+    rounded = (hidden / step.float()).round().double() * step
+    ours = nn.functional.linear(hidden, kept, bias)
+    torch.testing.assert_close(ours, (rounded @ restored.T + bias).float(), atol=1e-4, rtol=1e-4)
+    mixed = torch.randn(7, 36)
+    down = Int8Weight.of(weight, (0, 1)).index_select(0, units).flatten(0, 1)
+    step = mixed.double().abs().amax(1, keepdim=True) / 127
+    rounded = (mixed / step.float()).round().double() * step
+    expected = rounded @ (down.values.double() * down.scale) + bias[:30]
+    torch.testing.assert_close(torch.addmm(bias[:30], mixed, down), expected.float(), atol=1e-4, rtol=1e-4)
+
+
+def test_int8_results_do_not_depend_on_the_batch():
+    model = quantize(dynamic_model("bert"))
+    whole = batch()
+    with torch.no_grad():
+        together = model(**whole, policy=FixedPlan(random_plan(7))).logits
+        for row in range(7):
+            plan = random_plan(7)
+            plan.units = plan.units[row : row + 1]
+            alone = model(**{k: v[row : row + 1] for k, v in whole.items()}, policy=FixedPlan(plan)).logits
+            torch.testing.assert_close(alone[0], together[row], atol=1e-5, rtol=1e-4)
+
+
+def test_int8_takes_a_quarter_of_the_blocks_memory():
+    def weight_bytes(block):
+        weights = [getattr(block, name) for name in ("qkv", "out_weight", "up_weight", "down_weight")]
+        parts = [t for w in weights for t in ((w.values, w.scale) if isinstance(w, Int8Weight) else (w,))]
+        return sum(part.numel() * part.element_size() for part in parts)
+
+    model = dynamic_model("bert")
+    before = weight_bytes(model.encoder.blocks[0])
+    assert weight_bytes(quantize(model).encoder.blocks[0]) < 0.3 * before
+
+
+def test_a_quantised_model_is_neither_saved_nor_made_elsewhere(tmp_path):
+    with pytest.raises(DHTError, match="a quantised model is not saved; save the float model and quantise it after"):
+        quantize(dynamic_model()).save_pretrained(tmp_path / "int8")
+    assert not (tmp_path / "int8").exists()
+    with pytest.raises(DHTError, match="the model is on meta, allowed: cpu; call model.cpu"):
+        quantize(dynamic_model().to("meta"))
