@@ -1,11 +1,6 @@
-"""A small saved run with a tokenizer of its own, rows to train on, and real processes that train together."""
+"""A small saved run with a tokenizer of its own, and rows to train on."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +9,6 @@ from transformers import PreTrainedTokenizerFast
 
 from builders import SIZES, dynamic_model
 
-ROOT = Path(__file__).parents[2]
 WORDS = [f"w{i}" for i in range(SIZES["vocab_size"] - 5)]
 
 
@@ -61,28 +55,3 @@ def texts():
 def rows(texts, tokenizer):
     """Tokenised rows whose label is the remainder of their length by three: something to learn."""
     return [{**tokenizer(text), "labels": len(text.split()) % 3} for text in texts]
-
-
-@pytest.fixture
-def launch():
-    """Runs a program in two processes of its own and returns what they printed; both must end well."""
-
-    def run(launcher: str, *program: str | Path) -> str:
-        # --cpu starts one process only; --multi_gpu starts several, which use gloo where there is no GPU.
-        start = {
-            "accelerate": [
-                "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-                "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no",
-                "--num_cpu_threads_per_process", "1",
-            ],
-            "torchrun": ["torch.distributed.run", "--nproc-per-node", "2"],
-        }[launcher]  # fmt: skip
-        here = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-m", *start, *map(str, program)], env=os.environ | here, capture_output=True, text=True,
-            timeout=150,
-        )  # fmt: skip
-        assert not done.returncode, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-        return done.stdout + done.stderr
-
-    return run

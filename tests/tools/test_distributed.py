@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from launching import launch
 from tools import two_ranks
 
 HERE = Path(__file__).parent
 
 
-def test_two_ranks_are_one_trainer(launch, tmp_path):
+def test_two_ranks_are_one_trainer(tmp_path):
     launch("accelerate", HERE / "two_ranks.py", tmp_path)
     for name in ("exact", "full"):
         ranks = [load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in range(2)]
@@ -32,7 +33,7 @@ def test_two_ranks_are_one_trainer(launch, tmp_path):
     assert int(state["policy.numbers.clock"]) > 100
 
 
-def test_ranks_that_run_different_layers_do_not_hang(launch):
+def test_ranks_that_run_different_layers_do_not_hang():
     said = launch("torchrun", HERE / "shards.py")
     assert "rank 0 ran 3 layers" in said
     assert "rank 1 ran 1 layers" in said

@@ -24,16 +24,18 @@ def rows(count: int):
     return [{key: value[i] for key, value in made.items()} for i in range(count)]
 
 
-def trained(out: Path, *, accumulate: int, steps: int = 5, held_out: bool = False, **settings) -> DHTTrainer:
+def trained(
+    out: Path, *, accumulate: int, steps: int = 5, held_out: bool = False, batch_size: int = 4, **settings
+) -> DHTTrainer:
     """A trainer after `steps` steps of plain SGD on rows in a fixed order."""
     options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "exploration": 0.25, "ridge": 10.0}
     model = dynamic_model("dht", **options | settings)
     feedback = [batch((5, 3, 9), seed=seed) for seed in range(20)]
     arguments = TrainingArguments(
-        output_dir=str(out), max_steps=steps, per_device_train_batch_size=4, gradient_accumulation_steps=accumulate,
-        optim="sgd", learning_rate=0.05, lr_scheduler_type="constant", train_sampling_strategy="sequential",
-        use_cpu=True, report_to=[], save_strategy="no", remove_unused_columns=False, dataloader_pin_memory=False,
-        disable_tqdm=True,
+        output_dir=str(out), max_steps=steps, per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulate, optim="sgd", learning_rate=0.05, lr_scheduler_type="constant",
+        train_sampling_strategy="sequential", use_cpu=True, report_to=[], logging_steps=1, save_strategy="no",
+        remove_unused_columns=False, dataloader_pin_memory=False, disable_tqdm=True,
     )  # fmt: skip
     trainer = DHTTrainer(
         model, arguments, train_dataset=rows(48), schedule=Schedule(0.4),
