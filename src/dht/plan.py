@@ -110,9 +110,10 @@ class Trace:
             raise IndexError(f"row {row} of a trace of {len(self.units)} rows")
         at = torch.arange(len(self.units), device=self.units.device)[[row]]
         exits = [Exit(e.layer, torch.zeros_like(at), e.logits[e.rows == at]) for e in self.exits if at in e.rows]
-        tables = (table[at] for table in (self.units, self.flops, self.dense_flops))
-        seconds = self.policy_seconds / len(self.units)
-        return Trace(*tables, exits, self.logits[at], layer_cost=self.layer_cost[at], policy_seconds=seconds)
+        return Trace(
+            self.units[at], self.flops[at], self.dense_flops[at], exits, self.logits[at],
+            layer_cost=self.layer_cost[at], policy_seconds=self.policy_seconds / len(self.units),
+        )  # fmt: skip
 
     @property
     def layers(self) -> Tensor:
