@@ -204,7 +204,7 @@ def test_several_processes_train_one_run(settings, tmp_path):
     out = tmp_path / "run"
     said = launch(
         "accelerate", "-m", "dht", "train", "--data", settings.data, "--model", settings.model, "--out", out,
-        "--budget", "0.4", "--epochs", "1", "--batch-size", "16", "--lr", "1e-3", "--max-length", "48",
+        "--budget", "0.4", "--epochs", "0.5", "--batch-size", "16", "--lr", "1e-3", "--max-length", "48",
         "--device", "cpu", "--save-every", "5",
     )  # fmt: skip
     assert said.count("timing dense training steps") == 1, "one process speaks"

@@ -95,10 +95,10 @@ def dynamo():
     torch._dynamo.reset()
 
 
-# What the compiler's own code warns of while it traces: it looks at `.grad` of views, and uses torch.jit.
+# What the compiler's own code warns of while it traces: it looks at `.grad` of views, and uses torch.jit and distutils.
 COMPILER = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
 
