@@ -16,6 +16,7 @@ from dht.errors import ConfigError, DHTError
 from dht.hf.configuration import DHTConfig
 from dht.hf.convert import FAMILIES, convert, deal_neurons, export
 from dht.hf.modeling import DHTForSequenceClassification
+from dht.model.packed import Packed
 from dht.policy.baselines import DensePolicy, StaticPolicy
 
 DENSE = DensePolicy(SIZES["num_attention_heads"])
@@ -161,9 +162,19 @@ def test_calibration_deals_the_neurons_that_matter_to_the_units_that_matter():
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs, policy=DENSE).logits, before, atol=1e-5, rtol=1e-5)
     for layer, block in enumerate(model.encoder.blocks):
-        speaking = block.up_weight[:, 1].flatten(2 - 1).any(-1).nonzero().flatten().tolist()
+        speaking = block.up_weight[:, 1].flatten(1).any(-1).nonzero().flatten().tolist()
         assert len(speaking) == 1, "one unit's share of neurons speaks, and one unit has them all"
         assert speaking[0] == int(model.policy.ranking()[layer, 0]), "the unit that is ranked first"
+
+
+def test_a_window_by_hand():
+    rows = Packed(torch.zeros(5, 1), torch.tensor([4, 1]), torch.arange(2))
+    assert torch.equal(rows.near(3), rows.mask), "nobody is farther than 3 places away"
+    long, short = rows.near(1)[:, 0].int().tolist()
+    assert long == [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 1]]
+    assert short == [[1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]], "a padded place has somebody to attend to"
+    assert torch.equal(rows.near(0)[0, 0], torch.eye(4, dtype=torch.bool)), "windows of one layout are told apart"
+    assert rows.select(torch.tensor([0])).near(2).shape == (1, 1, 4, 4)
 
 
 @pytest.mark.parametrize("family", ["electra", "modernbert"])
