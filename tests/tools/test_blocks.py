@@ -25,10 +25,10 @@ def without_dropout(model):
     return model
 
 
-def gradients(model, seed=0, **options):
-    """Loss, gradients and gate gradients of a step under a plan with many head sets."""
+def gradients(model, plan=None):
+    """Loss, gradients and gate gradients of a step; without a plan under one with many head sets."""
     model.zero_grad()
-    output = model(**batch(seed=seed), policy=FixedPlan(random_plan(7, seed=seed)), tap_gates=True, **options)
+    output = model(**batch(), policy=FixedPlan(plan or random_plan(7)), tap_gates=True)
     output.loss.backward()
     gates = [grads for layer in sorted(output.trace.gate_grads) for *_, grads in output.trace.gate_grads[layer]]
     return output.loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, gates
@@ -195,7 +195,7 @@ def test_int8_results_do_not_depend_on_the_batch():
 
 def test_int8_takes_a_quarter_of_the_blocks_memory():
     def weight_bytes(block):
-        weights = [getattr(block, name) for name in ("qkv", "out_weight", "up_weight", "down_weight")]
+        weights = [getattr(block, name) for name in ("qkv", "out_weight", "up", "down_weight")]
         parts = [t for w in weights for t in ((w.values, w.scale) if isinstance(w, Int8Weight) else (w,))]
         return sum(part.numel() * part.element_size() for part in parts)
 
@@ -210,3 +210,23 @@ def test_a_quantised_model_is_neither_saved_nor_made_elsewhere(tmp_path):
     assert not (tmp_path / "int8").exists()
     with pytest.raises(DHTError, match="the model is on meta, allowed: cpu; call model.cpu"):
         quantize(dynamic_model().to("meta"))
+
+
+@of_compiler
+def test_every_family_checkpoints_compiles_and_rounds(dynamo):
+    """ModernBERT has what the others lack: rotary positions, local attention, a gate in the FFN, no biases."""
+    plain = without_dropout(dynamic_model("modernbert")).train()
+    compiled, checkpointed = copy.deepcopy(plain), copy.deepcopy(plain)
+    compiled.compile(backend="eager")
+    checkpointed._set_gradient_checkpointing(True, gradient_checkpointing_func=_checkpoint)
+    few = random_plan(7, seed=1)
+    few.units[:] = few.units[:1]
+    loss, grads, gates = gradients(plain, few)
+    for model in (compiled, checkpointed):
+        again, regrads, regates = gradients(model, few)
+        same([loss, *grads.values(), *gates], [again, *regrads.values(), *regates])
+    plan = FixedPlan(random_plan(7))
+    with torch.no_grad():
+        expected = plain.eval()(**batch(), policy=plan).logits
+        ours = quantize(copy.deepcopy(plain))(**batch(), policy=plan).logits
+    assert 0 < float((ours - expected).abs().max()) < 0.1 * float(expected.std())

@@ -21,7 +21,7 @@ from ..errors import DHTError
 if TYPE_CHECKING:
     from ..hf.modeling import DHTForSequenceClassification
 
-INPUT_AXIS = {"qkv": (-1,), "up_weight": (-1,), "out_weight": (0, 1), "down_weight": (0, 1)}
+INPUT_AXIS = {"qkv": (-1,), "up": (-1,), "out_weight": (0, 1), "down_weight": (0, 1)}
 """The axes of a block's weights that a product sums over; the others are output channels and have a scale each."""
 
 
