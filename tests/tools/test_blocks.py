@@ -99,6 +99,7 @@ def dynamo():
 COMPILER = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Distutils was imported before Setuptools"),
 ]
 
 
