@@ -95,11 +95,10 @@ def dynamo():
     torch._dynamo.reset()
 
 
-# What the compiler's own code warns of while it traces: it looks at `.grad` of views, and uses torch.jit and distutils.
+# What the compiler's own code warns of while it traces: it looks at `.grad` of views, and uses torch.jit.
 COMPILER = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:Distutils was imported before Setuptools"),
 ]
 
 
@@ -139,7 +138,7 @@ def test_compiled_blocks_give_the_same(backend, dynamo):
     assert dynamo["stats"]["unique_graphs"] <= graphs + 1
 
 
-@of_compiler
+@pytest.mark.filterwarnings("ignore")  # setuptools, which inductor imports, warns of what was imported before it
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler")
 def test_inductor_compiles_a_block(dynamo):
     plain = dynamic_model("bert")
