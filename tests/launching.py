@@ -1,4 +1,4 @@
-"""Programs that several processes run together, as a user starts them."""
+"""Programs that run in processes of their own, alone or several together, as a user starts them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ LAUNCHERS = {
 
 def launch(launcher: str, *program: str | Path) -> str:
     """Runs a program in two processes and returns what they printed; both must end well."""
+    return alone("-m", *LAUNCHERS[launcher], *program)
+
+
+def alone(*arguments: str | Path) -> str:
+    """What a fresh interpreter printed; it must end well."""
     here = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", *LAUNCHERS[launcher], *map(str, program)],
-        env=os.environ | here, capture_output=True, text=True, timeout=150,
-    )  # fmt: skip
+        [sys.executable, *map(str, arguments)], env=os.environ | here, capture_output=True, text=True, timeout=150
+    )
     assert not done.returncode, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    return done.stdout + done.stderr
+    return done.stderr + done.stdout
