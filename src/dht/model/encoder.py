@@ -65,19 +65,35 @@ class Embeddings(nn.Module):
         self.position_offset = position_offset
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Packed:
-        """Packed embeddings of `input_ids` [B, T] where `attention_mask` [B, T] is 1."""
+        """Packed embeddings of `input_ids` [B, T] where `attention_mask` [B, T] is 1.
+
+        Raises:
+            ValueError: a row has no real token.
+        """
+        batch, places = input_ids.shape
         keep = attention_mask.bool()
         lengths = keep.sum(-1)
-        if self.position_offset:
+        rows = torch.arange(batch, device=input_ids.device)
+        shortest, longest = torch.stack(lengths.aminmax()).tolist() if batch else (0, 0)
+        if batch and not shortest:
+            empty = int((lengths == 0).nonzero()[0])
+            raise ValueError(f"row {empty} of the batch has no real token: its attention_mask is all zero")
+        full = shortest == places
+        if full:  # nothing to leave out: no index to work out
+            position = torch.arange(self.position_offset, self.position_offset + places, device=input_ids.device)
+            position = position.expand_as(input_ids)
+        elif self.position_offset:
             position = keep.cumsum(-1)[keep] - 1 + self.position_offset
         else:
-            position = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)[keep]
-        hidden = self.words(input_ids[keep]) + self.positions(position)
-        if self.types is not None:
-            hidden = hidden + (self.types.weight[0] if token_type_ids is None else self.types(token_type_ids[keep]))
-        rows = torch.arange(input_ids.shape[0], device=input_ids.device)
-        return Packed(self.dropout(self.norm(hidden)), lengths, rows)
-
+            position = torch.arange(places, device=input_ids.device).expand_as(input_ids)[keep]
+        hidden = self.words(input_ids if full else input_ids[keep]) + self.positions(position)
+        if self.types is not None and token_type_ids is None:
+            hidden = hidden + self.types.weight[0]
+        elif self.types is not None and token_type_ids is not None:
+            hidden = hidden + self.types(token_type_ids if full else token_type_ids[keep])
+        hidden = self.dropout(self.norm(hidden))
+        packed = Packed(hidden.flatten(0, 1) if full else hidden, lengths, rows)
+        return packed._knowing(longest, shortest == longest)
 
 class RelativePositionBias(nn.Module):
     """MPNet's (T5's) bucketed relative position bias, shared by all layers: one scalar per bucket and head."""

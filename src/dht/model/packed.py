@@ -90,20 +90,34 @@ class Packed:
 
     def select(self, order: Tensor) -> Packed:
         """The rows `order` (int64 [R'], positions among the active rows), in that order."""
-        lengths = self.lengths[order]
+        lengths, rows = self.lengths[order], self.rows[order]
+        if self.equal and self.rows.numel():
+            hidden = self.hidden.view(self.rows.numel(), self.max_length, -1).index_select(0, order).flatten(0, 1)
+            return Packed(hidden, lengths, rows)._knowing(self.max_length, True)
         total = int(lengths.sum())
         starts = lengths.cumsum(0) - lengths
         shift = torch.repeat_interleave(self.starts[order] - starts, lengths, output_size=total)
         tokens = torch.arange(total, device=order.device) + shift
-        return Packed(self.hidden.index_select(0, tokens), lengths, self.rows[order])
+        return Packed(self.hidden.index_select(0, tokens), lengths, rows)
 
     def split(self, counts: list[int]) -> list[Packed]:
         """Consecutive groups of `counts` rows, as views."""
         if len(counts) == 1:
             return [self]
-        lengths = self.lengths.split(counts)
-        hidden = self.hidden.split([int(part.sum()) for part in lengths])
-        return [Packed(*part) for part in zip(hidden, lengths, self.rows.split(counts), strict=True)]
+        lengths, first, groups = self.lengths.tolist(), 0, []
+        parts = [lengths[sum(counts[:i]) : sum(counts[: i + 1])] for i in range(len(counts))]
+        hidden = self.hidden.split([sum(part) for part in parts])
+        for tokens, part in zip(hidden, parts, strict=True):
+            group = Packed(tokens, *(x[first : first + len(part)] for x in (self.lengths, self.rows)))
+            longest = max(part, default=0)
+            groups.append(group._knowing(longest, longest * len(part) == sum(part)))
+            first += len(part)
+        return groups
+
+    def _knowing(self, max_length: int, equal: bool) -> Packed:
+        """Itself, with what need not be worked out from `lengths` again."""
+        self.__dict__.update(max_length=max_length, equal=equal)
+        return self
 
     def with_hidden(self, hidden: Tensor) -> Packed:
         """The same rows with other hidden states; the layout already worked out is kept."""
