@@ -97,7 +97,7 @@ class Ran:
 
 
 class Account:
-    """What was executed, noted while it runs and added up when somebody asks: serving seldom does.
+    """What was executed, noted while it runs and added up when somebody asks afterwards: serving seldom does.
 
     Args:
         cost: FLOPs of the parts.
@@ -140,11 +140,11 @@ class Account:
 
     @cached_property
     def flops(self) -> Tensor:
-        """float64 [B], executed FLOPs: attention (padding included), FFN, exit heads, policy arithmetic."""
-        flops = self.layer_flops.sum(-1)
+        """float64 [B], executed FLOPs: embedding projection, attention (padding included), FFN, exits, policy."""
+        flops = self.cost.embedding(self.lengths) + self.layer_flops.sum(-1)
         for rows, lengths, attends in self.left:
             flops[rows] += self.cost.exit(lengths, attends)
-        if self.deciding is not None:  # a row that ran a layer decided before it, and once more unless that was the last
+        if self.deciding is not None:  # a row that ran a layer decided before it, and once more if there was another
             spent = torch.tensor([0.0, *self.deciding], dtype=torch.float64, device=flops.device).cumsum(0)
             flops += spent[(self.units.any(-1).sum(-1) + 1).clamp_max(self.cost.layers)]
         return flops
@@ -218,7 +218,7 @@ class Trace:
         return self._table(lambda decision: decision.wants_stop, False)
 
     def _table(self, part: Callable[[Decision], Tensor | None], empty: float) -> Tensor:
-        batch, layers = self.units.shape[:2]
+        batch, layers = len(self.account.lengths), self.account.cost.layers
         table = torch.empty(0)
         for layer, (rows, decision) in enumerate(self.decisions):
             values = part(decision)
@@ -235,7 +235,7 @@ class Trace:
 
     def exit_table(self) -> tuple[Tensor, Tensor]:
         """Returns all exits as one table: logits [B, N, C] (zeros where not visited) and visited, bool [B, N]."""
-        rows, num_layers = self.units.shape[:2]
+        rows, num_layers = len(self.account.lengths), self.account.cost.layers
         first = self.exits[0].logits
         table = first.new_zeros(rows, num_layers, first.shape[-1])
         visited = torch.zeros(rows, num_layers, dtype=torch.bool, device=first.device)

@@ -51,7 +51,7 @@ def shape_for(kind: str, fraction: float, cost: CostModel, length: int) -> Shape
     """
     lengths = torch.tensor([length])
     dense = float(cost.dense(lengths))
-    exit_share = float(cost.exit(lengths)) / dense
+    exit_share = float(cost.embedding(lengths) + cost.exit(lengths)) / dense
     whole = float(cost.layer(lengths, cost.heads, length)) / dense
     unit = (whole - float(cost.layer(lengths, 0, length)) / dense) / cost.heads
     fixed = whole - cost.heads * unit
@@ -120,9 +120,9 @@ class PreparedPlan(Policy):
 
     name = "plan"
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
+    def __init__(self, plan: Plan, device: torch.device, lasting: bool = True) -> None:
         super().__init__()
-        self.plan = plan
+        self.plan, self.lasting = plan, lasting
         self.sets: list[Tensor] = []
         self.choices: list[Tensor] = []
         for layer in range(plan.units.shape[1]):
@@ -132,4 +132,4 @@ class PreparedPlan(Policy):
             self.choices.append(torch.where(wanted.any(-1), choice, -1).to(device))
 
     def decide(self, view: View) -> Decision:
-        return Decision(self.sets[view.layer], self.choices[view.layer][view.rows])
+        return Decision(self.sets[view.layer], self.choices[view.layer][view.rows], lasting=self.lasting)

@@ -1,16 +1,17 @@
-"""Float32 matrix products and dropout on CPUs, faster than torch's own defaults and equal to them in what they mean.
+"""Float32 matrix products and dropout on CPUs: the same mathematics as torch's defaults, in less time.
 
-torch sends float32 products to MKL. On processors that MKL does not favour, oneDNN, which torch carries too and uses for
-bfloat16, takes less than half the time. Which one is faster here is measured once a machine and kept in the cache folder,
-so that the same seed gives the same run. Everywhere else (GPU, bfloat16, other builds of torch) these are torch's own.
+torch sends float32 products to MKL. On processors that MKL does not favour, oneDNN, which torch carries too and uses
+for bfloat16, takes less than half the time. Which one is faster here is measured once a machine and kept in the cache
+folder, so that the same seed gives the same run. Elsewhere (GPU, bfloat16, other builds of torch) torch decides.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .._files import write_json
 from ..assets import cache_folder
@@ -26,12 +28,13 @@ from ..errors import DHTError
 FUSED = {"relu": ("relu", ""), "gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"),
          "gelu_pytorch_tanh": ("gelu", "tanh")}  # fmt: skip
 """Activations that oneDNN applies to a product while it is still in cache: its name and algorithm for each of ours."""
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 MARGIN = 0.85
 """oneDNN is taken where it needs less than this share of MKL's time: a tie should not depend on noise."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b, [S, N], with gradients.
+    """X W^T + b, [S, N], with gradients.
 
     Args:
         x: [S, K].
@@ -46,7 +49,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _product(x, weight, bias)
 
 
-def activated(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, activation: Callable[[Tensor], Tensor]) -> Tensor:
+def activated(
+    x: Tensor, weight: Tensor, bias: Tensor | None, name: str, activation: Callable[[Tensor], Tensor]
+) -> Tensor:
     """activation(x W^T + b), [S, N]; in one pass where no gradient is wanted and oneDNN knows the activation `name`."""
     fuses = name in FUSED and not torch.is_grad_enabled() and _by_onednn(x, weight)
     return _product(x, weight, bias, *FUSED[name]) if fuses else activation(linear(x, weight, bias))
@@ -94,6 +99,15 @@ def _product(
     return product
 
 
+def _count_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """Two FLOPs a multiply-add; shapes [S, K] and [N, K]."""
+    return 2 * math.prod(x) * weight[0]
+
+
+if _HAS_ONEDNN:  # torch's `FlopCounterMode` counts no products of oneDNN by itself
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_count_flops)
+
+
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
@@ -111,7 +125,7 @@ def prefers_onednn() -> bool:
 
     The answer is kept in `linear.json` of the cache folder, by processor, torch and number of threads.
     """
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    if not _HAS_ONEDNN:
         return False
     kept = cache_folder() / "linear.json"
     machine = f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -139,9 +153,10 @@ def _processor() -> str:
 def _onednn_over_mkl() -> float:
     """Seconds of oneDNN as a share of MKL's, medians of turns on a product of the size of a small encoder's."""
     x, weight = torch.ones(256, 384), torch.ones(1536, 384)
+    contenders: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (_product, F.linear)
     taken: tuple[list[float], list[float]] = ([], [])
     for turn in range(12):
-        for seconds, multiply in zip(taken, (_product, F.linear), strict=True):
+        for seconds, multiply in zip(taken, contenders, strict=True):
             started = time.perf_counter()
             multiply(x, weight)
             if turn > 1:  # the first ones warm up

@@ -57,6 +57,26 @@ class Packed:
         places = torch.arange(self.max_length, device=self.lengths.device)
         return (places < self.lengths[:, None])[:, None, None, :]
 
+    @cached_property
+    def tables(self) -> dict[tuple[str, float, int], tuple[Tensor, ...]]:
+        """What follows from the layout alone and several layers need: filled by whoever works it out first."""
+        return {}
+
+    def near(self, window: int) -> Tensor | None:
+        """`mask`, and no token further than `window` away: bool, broadcasts to [R, 1, T, T]; None if all attend to all.
+
+        A padded place attends to everything: its result is dropped, but an empty softmax would spoil the gradients.
+        """
+        if self.max_length <= window + 1:
+            return self.mask
+        known = ("near", window, 0)
+        if known not in self.tables:
+            places = torch.arange(self.max_length, device=self.lengths.device)
+            band = (places[:, None] - places).abs() <= window
+            real = self.mask
+            self.tables[known] = (band[None, None] if real is None else (band & real) | ~real.mT,)
+        return self.tables[known][0]
+
     def first(self) -> Tensor:
         """[R, D], each row's first token."""
         return self.hidden[self.starts]
@@ -93,7 +113,7 @@ class Packed:
         lengths, rows = self.lengths[order], self.rows[order]
         if self.equal and self.rows.numel():
             hidden = self.hidden.view(self.rows.numel(), self.max_length, -1).index_select(0, order).flatten(0, 1)
-            return Packed(hidden, lengths, rows)._knowing(self.max_length, True)
+            return Packed(hidden, lengths, rows).knowing(self.max_length, True)
         total = int(lengths.sum())
         starts = lengths.cumsum(0) - lengths
         shift = torch.repeat_interleave(self.starts[order] - starts, lengths, output_size=total)
@@ -110,11 +130,11 @@ class Packed:
         for tokens, part in zip(hidden, parts, strict=True):
             group = Packed(tokens, *(x[first : first + len(part)] for x in (self.lengths, self.rows)))
             longest = max(part, default=0)
-            groups.append(group._knowing(longest, longest * len(part) == sum(part)))
+            groups.append(group.knowing(longest, longest * len(part) == sum(part)))
             first += len(part)
         return groups
 
-    def _knowing(self, max_length: int, equal: bool) -> Packed:
+    def knowing(self, max_length: int, equal: bool) -> Packed:
         """Itself, with what need not be worked out from `lengths` again."""
         self.__dict__.update(max_length=max_length, equal=equal)
         return self

@@ -31,16 +31,28 @@ def features(view: View, projection: Tensor) -> Tensor:
         view: what the policy sees.
         projection: float [P, D], fixed random directions.
     """
-    phi = torch.zeros(view.rows.numel(), EXIT_FEATURES + projection.shape[0], device=view.rows.device)
-    phi[:, 0] = 1.0
-    phi[:, 1] = view.lengths.float().log() / math.log(512)
-    if view.logits is not None:
-        phi[:, 2:6], label = exit_features(view.logits.float().softmax(-1))
-        if view.previous is not None:
-            before = view.previous.float().softmax(-1).max(-1)
-            phi[:, 6] = before.indices == label
-            phi[:, 7] = before.values
-    if projection.shape[0] and view.layer == 0:
-        unit = torch.nn.functional.normalize(view.packed.mean().float(), dim=-1)
-        phi[:, EXIT_FEATURES:] = unit @ projection.float().T
-    return phi.to(torch.float64)
+    length = view.lengths.float().log() / math.log(512)
+    if view.logits is None:
+        phi = torch.zeros(len(length), EXIT_FEATURES + projection.shape[0], device=length.device)
+        phi[:, 0], phi[:, 1] = 1.0, length
+        if projection.shape[0] and view.layer == 0:
+            unit = torch.nn.functional.normalize(view.packed.mean().float(), dim=-1)
+            phi[:, EXIT_FEATURES:] = unit @ projection.float().T
+        return phi.to(torch.float64)
+    # One pass over this exit and the one before: a single row's decision costs what its operations cost to launch.
+    both = view.logits[None] if view.previous is None else torch.stack([view.logits, view.previous])
+    probs = both.float().softmax(-1)
+    (sure, before), second, (label, other) = _top(probs)
+    entropy = torch.special.entr(probs[0]).sum(-1) / math.log(probs.shape[-1])
+    if view.previous is None:
+        before = same = torch.zeros_like(sure)
+    else:
+        same = (label == other).to(sure.dtype)
+    known = torch.stack([torch.ones_like(sure), length, sure, sure * sure, entropy, sure - second, same, before], -1)
+    return torch.nn.functional.pad(known.to(torch.float64), (0, projection.shape[0]))
+
+
+def _top(probs: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor, tuple[Tensor, Tensor]]:
+    """Of probabilities [1 or 2, R, C]: the highest of the first and the last, the first's second, and both answers."""
+    top, label = probs.topk(2, -1)
+    return (top[0, :, 0], top[-1, :, 0]), top[0, :, 1], (label[0, :, 0], label[-1, :, 0])

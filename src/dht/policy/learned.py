@@ -118,7 +118,7 @@ class LearnedPolicy(Policy):
         narrowest = 0 if view.layer < self.wide_from else len(self.widths) - 1
         width = torch.full_like(view.rows, narrowest)
         sets, choice = self._pick_sets(view, context, width)
-        return Decision(sets, choice, width + 1, context, torch.zeros_like(width, dtype=torch.bool))
+        return Decision(sets, choice, width + 1, context, torch.zeros_like(width, dtype=torch.bool), lasting=True)
 
     def would_spend(self, trace: Trace, price: float) -> Tensor:
         """float64 [B], the FLOPs fraction of each row at another price, from a trace in which every row ran on."""
