@@ -43,7 +43,8 @@ class DHTConfig(PreTrainedConfig):
             never (decision 6).
         train_widths: "narrowest": where there is a choice, training rows run the narrowest width, and wider ones are
             learned of from held-out rows and full steps; "all": training rows choose their width too (decision 6).
-        context_projection: random directions of the mean embedding that the first decision sees.
+        context_projection: random directions of the mean embedding that the first decision sees; None = 8 in
+            integrated search and 0 in tree search, whose first decision gains nothing by them.
         ridge: lambda, the prior precision of every arm.
         forgetting: gamma in (0, 1], discount per observed decision.
         alpha: UCB optimism while training; inference is greedy.
@@ -95,7 +96,7 @@ class DHTConfig(PreTrainedConfig):
     widths: list[int] | None = None
     wide_from: int | None = None
     train_widths: str = "narrowest"
-    context_projection: int = 8
+    context_projection: int | None = None
     ridge: float = 1.0
     forgetting: float = 0.9998
     alpha: float = 0.05
@@ -115,6 +116,8 @@ class DHTConfig(PreTrainedConfig):
             self.widths = sorted({max(1, even), heads})
         if self.wide_from is None:
             self.wide_from = math.ceil(self.num_hidden_layers / 3)
+        if self.context_projection is None:
+            self.context_projection = 8 if self.search == "integrated" else 0
         super().__post_init__(**kwargs)
 
     @property

@@ -49,7 +49,8 @@ class LearnedPolicy(Policy):
         super().__init__()
         self.layers, self.heads = config.num_hidden_layers, config.num_attention_heads
         self.widths = [int(width) for width in config.widths or []]
-        self.num_features = EXIT_FEATURES + config.context_projection
+        directions = config.context_projection or 0
+        self.num_features = EXIT_FEATURES + directions
         self.alpha, self.sigma = config.alpha, config.sigma
         self.max_sets, self.seed = config.head_sets, config.policy_seed
         self.wide_from = self.layers if config.wide_from is None else config.wide_from
@@ -62,9 +63,7 @@ class LearnedPolicy(Policy):
         sets = torch.zeros(self.layers, len(self.widths), self.max_sets, self.heads, dtype=torch.bool)
         for i, width in enumerate(self.widths):
             sets[:, i, :, :width] = True
-        self.register_buffer(
-            "projection", torch.randn(config.context_projection, config.hidden_size, generator=generator)
-        )
+        self.register_buffer("projection", torch.randn(directions, config.hidden_size, generator=generator))
         self.register_buffer("price", torch.tensor(0.02, dtype=torch.float64))
         self.register_buffer("step", torch.tensor(0, dtype=torch.long))
         self.register_buffer("curve_price", torch.full((CURVE,), 0.02, dtype=torch.float64))
