@@ -197,15 +197,15 @@ def test_parity_holds_for_every_family(gradients):
 
 
 def test_no_number_while_the_executor_disagrees(settings, monkeypatch, capsys):  # noqa: F811
-    right = Block._weights
+    right = Block._widen
 
-    def wrong(self, units, lasting):
-        made = right(self, units, lasting)
-        return made if units is None else made._replace(out=made.out * 1.01)
+    def wrong(self, source, units, slices):
+        made = right(self, source, units, slices)
+        return made if units is None else made * 1.01
 
     call = ["bench", "--data", settings.data, "--model", settings.model, "--tokens", 5, "--batch", 2]
     call += ["--what", "inference", "--fractions", ".5", "--dtype", "float32", "--plans", "heads"]
-    monkeypatch.setattr(Block, "_weights", wrong)
+    monkeypatch.setattr(Block, "_widen", wrong)
     monkeypatch.setattr("sys.argv", ["dht", *map(str, call)])
     from dht.cli import main
 

@@ -85,14 +85,15 @@ class Ran:
     Attributes:
         layer: 0..N-1.
         rows: int64 [R], rows of the batch, group by group. lengths: int64 [R], their tokens.
-        groups: of each group its head set bool [H], how many units that is, its rows, and the tokens it was padded to.
+        groups: of each group its head set bool [H], how many units that is, and its number of rows. Neighbours of the
+            same size attend in one call, padded to the longest of their rows.
         exits: None, or whether the exit after the layer, which ran too, scored every token.
     """
 
     layer: int
     rows: Tensor
     lengths: Tensor
-    groups: list[tuple[Tensor, int, int, int]]
+    groups: list[tuple[Tensor, int, int]]
     exits: bool | None = None
 
 
@@ -130,9 +131,11 @@ class Account:
         """float64 [B, N], FLOPs of each layer and of the exit after it."""
         flops = torch.zeros(len(self.lengths), self.cost.layers, dtype=torch.float64, device=self.lengths.device)
         for ran in self.ran:
-            sizes = torch.tensor([(size, longest) for _, size, _, longest in ran.groups], device=flops.device)
-            size, longest = sizes[_group_of(ran)].unbind(-1)
-            spent = self.cost.layer(ran.lengths, size, longest)
+            group = _group_of(ran)
+            size = torch.tensor([size for _, size, _ in ran.groups], device=flops.device)
+            band = torch.nn.functional.pad(size.diff() != 0, (1, 0)).cumsum(0)[group]
+            longest = torch.zeros_like(size).scatter_reduce(0, band, ran.lengths, "amax")[band]
+            spent = self.cost.layer(ran.lengths, size[group], longest)
             if ran.exits is not None:
                 spent = spent + self.cost.exit(ran.lengths, ran.exits)
             flops[ran.rows, ran.layer] = spent
@@ -152,7 +155,7 @@ class Account:
 
 def _group_of(ran: Ran) -> Tensor:
     """int64 [R], the group of each row."""
-    counts = torch.tensor([count for _, _, count, _ in ran.groups], device=ran.rows.device)
+    counts = torch.tensor([count for *_, count in ran.groups], device=ran.rows.device)
     return torch.repeat_interleave(counts, output_size=len(ran.rows))
 
 

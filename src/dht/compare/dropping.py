@@ -81,8 +81,8 @@ def run_layers(model: DHTForSequenceClassification, inputs: dict[str, Tensor], l
     bias = encoder.position_bias(rows.max_length) if encoder.position_bias is not None else None
     account, every = Account(cost, rows.lengths), torch.ones(cost.heads, dtype=torch.bool, device=rows.lengths.device)
     for layer in layers:
-        account.ran.append(Ran(layer, rows.rows, rows.lengths, [(every, cost.heads, len(rows.rows), rows.max_length)]))
-        rows = rows.with_hidden(encoder.blocks[layer](rows, None, bias))
+        account.ran.append(Ran(layer, rows.rows, rows.lengths, [(every, cost.heads, len(rows.rows))]))
+        rows = rows.with_hidden(encoder.blocks[layer](rows, bias=bias))
     account.left.append((rows.rows, rows.lengths, encoder.attends(cost.layers)))
     logits = encoder.exit(cost.layers, rows)
     return Trace(account, exits=[Exit(cost.layers, rows.rows, logits)], logits=logits)

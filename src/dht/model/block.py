@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -40,19 +42,19 @@ the last axis it is d loss / d gate of a gate fixed at 1 on that unit's output."
 Units = tuple[int, ...]
 """Head units to run, in rising order."""
 
-KEPT_SETS = 64
-"""Sliced copies of weights that a block keeps, one per head set and dtype."""
+QKV, QKV_BIAS, OUT, UP, UP_BIAS, DOWN = range(6)
+"""Places of a block's weights among those that units own."""
+
+KEPT_SLICES = 384
+"""Sliced copies of weights that a block keeps: six for each head set and dtype."""
 
 
-class Weights(NamedTuple):
-    """What k units are made of, as plain matrices."""
+class Group(NamedTuple):
+    """Consecutive rows that run the same units (None = all); `tap` receives their gate gradients during backward."""
 
-    qkv: Tensor  # [k * 3 * size, D]
-    qkv_bias: Tensor  # [k * 3 * size]
-    out: Tensor  # [k * size, D]
-    up: Tensor  # [k * M/H, D], of a gated FFN [k * 2 * M/H, D]; of a dense one with all H
-    up_bias: Tensor
-    down: Tensor  # [k * M/H, D]
+    units: Units | None
+    rows: int
+    tap: GateTap | None = None
 
 
 class _Scratch(threading.local):
@@ -132,7 +134,7 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(width, eps=eps, bias=norm_bias)
         self.activation, self._activation = ACT2FN[activation], activation
         self._cast: dict[torch.dtype, tuple[Tensor, ...]] = {}
-        self._kept: dict[tuple[Units, torch.dtype], Weights] = {}
+        self._kept: dict[tuple[int, Units, torch.dtype], Tensor] = {}
         self._kept_for: tuple[int, ...] = ()
         self.reset_parameters()
 
@@ -153,48 +155,89 @@ class Block(nn.Module):
                     parameter.normal_(0.0, std)
 
     def forward(
-        self,
-        rows: Packed,
-        units: Units | None = None,
-        bias: Tensor | None = None,
-        tap: GateTap | None = None,
-        lasting: bool = False,
+        self, rows: Packed, groups: Sequence[Group] = (), bias: Tensor | None = None, lasting: bool = False
     ) -> Tensor:
         """Hidden states after the block, [S, D].
 
+        Only the matrix products know of groups; what is the same for all rows (norms, residuals, attention between
+        tokens) runs once for all of them.
+
         Args:
-            rows: the packed rows of one group.
-            units: the head units to run; None = all.
+            rows: the packed rows, group by group.
+            groups: which units which rows run; none = all units.
             bias: [1, H, T', T'], added to the attention logits (T' at least the longest row), or None.
-            tap: receives gate gradients during backward.
-            lasting: True if `units` will be asked for again, and copies of their weights are worth keeping.
+            lasting: True if these sets of units will be asked for again, and copies of their weights are worth keeping.
         """
-        hidden, count = rows.hidden, self.heads if units is None else len(units)
-        weights = self._weights(units, lasting)
+        groups = groups or (Group(None, rows.lengths.numel()),)
+        tokens = rows.tokens_of([group.rows for group in groups])
+        slices = _Slices(self, lasting)
+        hidden = rows.hidden
         source = self.attention_norm(hidden) if self.pre_norm else hidden
-        if bias is not None and units is not None:
-            bias = bias[:, list(units)]
-        mixed = self._attend(rows, source, weights, count, bias)
-        self._listen(tap, "attention", mixed, count)
-        hidden = hidden + self._drop(linear(mixed, weights.out.t(), self.out_bias))
+        mixed = self._attend(rows, source, groups, tokens, slices, bias)
+        projected = []
+        for group, part in zip(groups, mixed, strict=True):
+            self._listen(group, "attention", part)
+            projected.append(linear(part, slices.of(OUT, group.units).t(), self.out_bias))
+        hidden = hidden + self._drop(_joined(projected))
         if not self.pre_norm:
             hidden = self.attention_norm(hidden)
         source = self.ffn_norm(hidden) if self.pre_norm else hidden
-        if self.gated:
-            both = linear(source, weights.up, weights.up_bias)
-            value, gate = both.view(len(both), -1, 2, self.up_weight.shape[2]).unbind(2)
-            inner = (self.activation(value) * gate).flatten(1)
-        else:
-            inner = activated(source, weights.up, weights.up_bias, self._activation, self.activation)
-        if self.coupled:
-            self._listen(tap, "ffn", inner, count)
-        hidden = hidden + self._drop(linear(inner, weights.down.t(), self.down_bias))
+        narrowed = []
+        for group, part in zip(groups, _parts(source, tokens), strict=True):
+            inner = self._widen(part, group.units, slices)
+            if self.coupled:
+                self._listen(group, "ffn", inner)
+            narrowed.append(linear(inner, slices.of(DOWN, group.units).t(), self.down_bias))
+        hidden = hidden + self._drop(_joined(narrowed))
         return hidden if self.pre_norm else self.ffn_norm(hidden)
 
-    def _attend(self, rows: Packed, source: Tensor, weights: Weights, heads: int, bias: Tensor | None) -> Tensor:
-        """Attention of the chosen heads, [S, k * size]: packed to padded and back around one fused kernel."""
+    def _widen(self, source: Tensor, units: Units | None, slices: _Slices) -> Tensor:
+        """The FFN's inner activations of one group, [S, k * M/H]."""
+        weight, bias = slices.of(UP, units), slices.of(UP_BIAS, units)
+        if not self.gated:
+            return activated(source, weight, bias, self._activation, self.activation)
+        both = linear(source, weight, bias)
+        value, gate = both.view(len(both), -1, 2, self.up_weight.shape[2]).unbind(2)
+        inner: Tensor = self.activation(value) * gate
+        return inner.flatten(1)
+
+    def _attend(
+        self,
+        rows: Packed,
+        source: Tensor,
+        groups: Sequence[Group],
+        tokens: list[int],
+        slices: _Slices,
+        bias: Tensor | None,
+    ) -> list[Tensor]:
+        """Attention of each group's heads, [S, k * size]; neighbours of the same number of heads in one call."""
+        parts = _parts(source, tokens)
+        bands = [list(band) for _, band in groupby(range(len(groups)), lambda i: self._heads_of(groups[i]))]
+        layouts = rows.split([sum(groups[i].rows for i in band) for band in bands])
+        mixed: list[Tensor] = []
+        for band, layout in zip(bands, layouts, strict=True):
+            qkv = [
+                linear(parts[i], slices.of(QKV, groups[i].units), slices.of(QKV_BIAS, groups[i].units)) for i in band
+            ]
+            shift = None if bias is None else self._bias_of(bias, [groups[i] for i in band])
+            whole = self._mix(layout, _joined(qkv), self._heads_of(groups[band[0]]), shift)
+            mixed += _parts(whole, [tokens[i] for i in band]) if len(band) > 1 else [whole]
+        return mixed
+
+    def _heads_of(self, group: Group) -> int:
+        return self.heads if group.units is None else len(group.units)
+
+    @staticmethod
+    def _bias_of(bias: Tensor, groups: list[Group]) -> Tensor:
+        """The bias of the heads that run: [1, k, T', T'] of one group, [R, k, T', T'] of several."""
+        if len(groups) == 1:
+            return bias if groups[0].units is None else bias[:, list(groups[0].units)]
+        heads = [list(group.units or range(bias.shape[1])) for group in groups for _ in range(group.rows)]
+        return bias[0, torch.tensor(heads, device=bias.device)]
+
+    def _mix(self, rows: Packed, qkv: Tensor, heads: int, bias: Tensor | None) -> Tensor:
+        """[S, heads * size] of [S, heads * 3 * size]: packed to padded and back around one fused kernel."""
         count, longest = rows.lengths.numel(), rows.max_length
-        qkv = linear(source, weights.qkv, weights.qkv_bias)
         if not rows.equal:
             padded = qkv.new_zeros(count * longest, qkv.shape[-1])
             qkv = padded.index_copy(0, rows.slot, qkv)
@@ -207,13 +250,13 @@ class Block(nn.Module):
             bias = bias[..., :longest, :longest].to(query.dtype)
             mask = bias if mask is None else bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
         if self.training and self.attention_dropout:
-            mixed = self._attend_with_dropout(query, key, value, mask)
+            mixed = self._mix_with_dropout(query, key, value, mask)
         else:
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         mixed = mixed.transpose(1, 2).reshape(count * longest, heads * size)
         return mixed if rows.equal else mixed.index_select(0, rows.slot)
 
-    def _attend_with_dropout(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def _mix_with_dropout(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """The fused kernel on a GPU; on a CPU there is none with dropout, and torch's own way draws slowly."""
         if query.device.type != "cpu":
             return F.scaled_dot_product_attention(query, key, value, mask, self.attention_dropout)
@@ -225,59 +268,80 @@ class Block(nn.Module):
     def _drop(self, hidden: Tensor) -> Tensor:
         return dropout(hidden, self.dropout) if self.dropout and self.training else hidden
 
-    def _weights(self, units: Units | None, lasting: bool = False) -> Weights:
-        """The weights of `units`; without gradients, lasting sets and casts are kept until a weight changes."""
+    def _stored(self) -> tuple[Tensor, ...]:
+        """The weights as they are or, without gradients, as autocast wants them; casts last until a weight changes."""
         stored: tuple[Tensor, ...]
         stored = (self.qkv_weight, self.qkv_bias, self.out_weight, self.up_weight, self.up_bias, self.down_weight)
-        sliced = len(stored) if self.coupled else 3
-        device = stored[0].device
         if torch.is_grad_enabled():
-            if units is None:
-                return _flat(stored)
-            index = torch.tensor(units, device=device)
-            return _flat((*(weight.index_select(0, index) for weight in stored[:sliced]), *stored[sliced:]))
-        cast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if cast else stored[0].dtype
-        if units is None and dtype == stored[0].dtype:
-            return _flat(stored)
+            return stored
         version = (_STEPS[0], *(x for weight in stored for x in (weight.data_ptr(), _version(weight))))
         if self._kept_for != version:
             self._kept_for = version
             self._kept.clear()
             self._cast.clear()
-        if units is not None and (units, dtype) in self._kept:
-            return self._kept[units, dtype]
-        if dtype != stored[0].dtype:
-            if dtype not in self._cast:
-                self._cast[dtype] = tuple(weight.to(dtype) for weight in stored)
-            stored = self._cast[dtype]
-        if units is None:
-            return _flat(stored)
-        index = torch.tensor(units, device=device)
-        copies = (
-            weight.index_select(0, index) if lasting else _SCRATCH.take(weight, index, place)
-            for place, weight in enumerate(stored[:sliced])
-        )
-        weights = _flat((*copies, *stored[sliced:]))
-        if lasting:
-            if len(self._kept) >= KEPT_SETS:
-                self._kept.pop(next(iter(self._kept)))
-            self._kept[units, dtype] = weights
-        return weights
+        kind = stored[0].device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else stored[0].dtype
+        if dtype == stored[0].dtype:
+            return stored
+        if dtype not in self._cast:
+            self._cast[dtype] = tuple(weight.to(dtype) for weight in stored)
+        return self._cast[dtype]
 
-    @staticmethod
-    def _listen(tap: GateTap | None, part: str, activation: Tensor, units: int) -> None:
+    def _listen(self, group: Group, part: str, activation: Tensor) -> None:
+        tap = group.tap
         if tap is None or not activation.requires_grad:
             return
-        kept = activation.detach()
+        kept, units = activation.detach(), self._heads_of(group)
         activation.register_hook(lambda grad: tap(part, (grad * kept).unflatten(-1, (units, -1))))
 
 
-def _flat(stored: Sequence[Tensor]) -> Weights:
-    """Unit-major weights as matrices: views, nothing is copied."""
-    qkv, qkv_bias, out, up, up_bias, down = stored
-    up, down = up.flatten(0, -2), down.flatten(0, 1)
-    return Weights(qkv.flatten(0, 2), qkv_bias.flatten(), out.flatten(0, 1), up, up_bias.flatten(), down)
+class _Slices:
+    """The matrices of units during one forward of a block.
+
+    With gradients they are sliced from the weights each time. Without, those of lasting sets are kept, and those of
+    passing ones live in scratch memory until the next set's are asked for.
+    """
+
+    def __init__(self, block: Block, lasting: bool) -> None:
+        self.stored, self.lasting = block._stored(), lasting
+        self.kept = block._kept
+        self.owned = len(self.stored) if block.coupled else UP
+
+    def of(self, place: int, units: Units | None) -> Tensor:
+        """The matrix [k * rows of a unit, D], or the bias [k * rows of a unit], at `place`."""
+        weight = self.stored[place]
+        if units is None or place >= self.owned:
+            return _flat(weight, place)
+        index = _index(units, weight.device)
+        if torch.is_grad_enabled():
+            return _flat(weight.index_select(0, index), place)
+        if not self.lasting:
+            return _flat(_SCRATCH.take(weight, index, place), place)
+        key = (place, units, weight.dtype)
+        if key not in self.kept:
+            if len(self.kept) >= KEPT_SLICES:
+                self.kept.pop(next(iter(self.kept)))
+            self.kept[key] = _flat(weight.index_select(0, index), place)
+        return self.kept[key]
+
+
+@lru_cache(maxsize=4096)
+def _index(units: Units, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # backward may hold it
+        return torch.tensor(units, device=device)
+
+
+def _flat(weight: Tensor, place: int) -> Tensor:
+    """A unit-major weight as a matrix, or a bias as a vector; nothing is copied."""
+    return weight.flatten() if place in (QKV_BIAS, UP_BIAS) else weight.flatten(0, -2)
+
+
+def _parts(tokens: Tensor, counts: list[int]) -> Sequence[Tensor]:
+    return tokens.split(counts) if len(counts) > 1 else (tokens,)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _version(weight: Tensor) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..plan import Account, Exit, Mode, Ran, Trace
-from .block import Units
+from .block import GateTap, Group, Units
 from .encoder import Encoder
 
 if TYPE_CHECKING:
@@ -90,22 +90,23 @@ def execute(
             packed = packed.select(order)
             logits = None if logits is None else logits[order]
 
-        gates = trace.gate_grads.setdefault(layer, []) if tap_gates else []
         sets = decision.sets.tolist()
         used = [(i, tuple(h for h, on in enumerate(sets[i]) if on), count) for i, count in enumerate(counts) if count]
-        groups = packed.split([count for *_, count in used])
-        outputs = []
-        for (_, units, _), group in zip(used, groups, strict=True):
-            chosen = None if len(units) == cost.heads else units
-            tap = partial(_tap, gates, group.rows, group.token_row, chosen) if tap_gates else None
-            outputs.append(encoder.blocks[layer](group, chosen, bias, tap, decision.lasting))
+        chosen = [None if len(units) == cost.heads else units for _, units, _ in used]
+        taps: list[GateTap | None] = [None] * len(used)
+        if tap_gates:
+            gates = trace.gate_grads.setdefault(layer, [])
+            layouts = packed.split([count for *_, count in used])
+            taps = [
+                partial(_tap, gates, part.rows, part.token_row, units)
+                for part, units in zip(layouts, chosen, strict=True)
+            ]
+        groups = [Group(units, count, tap) for units, (*_, count), tap in zip(chosen, used, taps, strict=True)]
+        packed = packed.with_hidden(encoder.blocks[layer](packed, groups, bias, decision.lasting))
         ran = Ran(
-            layer, packed.rows, packed.lengths,
-            [(decision.sets[i], len(units), count, group.max_length)
-             for (i, units, count), group in zip(used, groups, strict=True)],
-        )  # fmt: skip
+            layer, packed.rows, packed.lengths, [(decision.sets[i], len(units), count) for i, units, count in used]
+        )
         account.ran.append(ran)
-        packed = packed.with_hidden(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
         previous, logits = logits, None
         if policy.reads_exits or every_exit or layer == num_layers - 1:
             logits = encoder.exit(layer + 1, packed)

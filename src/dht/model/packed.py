@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -120,19 +121,23 @@ class Packed:
         tokens = torch.arange(total, device=order.device) + shift
         return Packed(self.hidden.index_select(0, tokens), lengths, rows)
 
+    def tokens_of(self, counts: list[int]) -> list[int]:
+        """Tokens of consecutive groups of `counts` rows."""
+        if len(counts) == 1:
+            return [self.hidden.shape[0]]
+        if self.equal:
+            return [count * self.max_length for count in counts]
+        lengths = iter(self.lengths.tolist())
+        return [sum(islice(lengths, count)) for count in counts]
+
     def split(self, counts: list[int]) -> list[Packed]:
         """Consecutive groups of `counts` rows, as views."""
         if len(counts) == 1:
             return [self]
-        lengths, first, groups = self.lengths.tolist(), 0, []
-        parts = [lengths[sum(counts[:i]) : sum(counts[: i + 1])] for i in range(len(counts))]
-        hidden = self.hidden.split([sum(part) for part in parts])
-        for tokens, part in zip(hidden, parts, strict=True):
-            group = Packed(tokens, *(x[first : first + len(part)] for x in (self.lengths, self.rows)))
-            longest = max(part, default=0)
-            groups.append(group.knowing(longest, longest * len(part) == sum(part)))
-            first += len(part)
-        return groups
+        parts = zip(self.lengths.split(counts), self.rows.split(counts), strict=True)
+        hidden = self.hidden.split(self.tokens_of(counts))
+        groups = [Packed(tokens, *part) for tokens, part in zip(hidden, parts, strict=True)]
+        return [group.knowing(self.max_length, True) for group in groups] if self.equal else groups
 
     def knowing(self, max_length: int, equal: bool) -> Packed:
         """Itself, with what need not be worked out from `lengths` again."""
