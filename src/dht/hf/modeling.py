@@ -16,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.generic import ModelOutput
 from transformers.utils.hub import cached_file
 
+from ..manifest import MANIFEST, verify, write_manifest
 from ..model.block import Block
 from ..model.encoder import Encoder, ExitHead
 from ..model.execute import execute
@@ -75,7 +76,13 @@ class DHTForSequenceClassification(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """The saved model; its policy in float64 to the last bit, whatever `dtype` the weights are loaded in."""
+        """The saved model; its policy in float64 to the last bit, whatever `dtype` the weights are loaded in.
+
+        Raises:
+            CheckpointError: a local folder's files are not those that its manifest lists.
+        """
+        verify(Path(str(pretrained_model_name_or_path)) / (kwargs.get("subfolder") or ""))
+        kwargs.setdefault("use_safetensors", True)  # nothing is ever unpickled
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         where: dict[str, Any] = {
@@ -85,6 +92,15 @@ class DHTForSequenceClassification(PreTrainedModel):
         if state:
             model.policy.load_state_dict({k: v.to(model.device) for k, v in state.items()}, assign=True)
         return loaded
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
+        """Saves as every model of `transformers` does, and a manifest with the checksums of what was saved."""
+        manifest = Path(save_directory) / MANIFEST
+        if is_main_process:
+            manifest.unlink(missing_ok=True)  # it speaks of what is about to be replaced
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            write_manifest(save_directory)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.embeddings.words
