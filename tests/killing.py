@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import os
 import random
-import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 from dht import assets, checkpoints, train
 from dht.config import TrainSettings
+from dht.data import load_data
 from dht.errors import CheckpointError
 from dht.guarded import _generators
 
@@ -32,12 +33,12 @@ def small_settings(folder: Path, **changes: Any) -> TrainSettings:
     sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 32}
     BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder / "encoder")
     tokenizer.save_pretrained(folder / "encoder")
-    source = assets.data_path("vader")
-    (folder / "data").mkdir()
-    for split, count in (("train", 320), ("validation", 64)):
-        lines = (source / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-        chosen = random.Random(0).sample(lines, count)
-        (folder / "data" / f"{split}.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
+    data = load_data("vader", splits=("train", "validation"))
+    (folder / "data").mkdir(parents=True)
+    for split, rows, count in (("train", data.train, 320), ("validation", data.validation, 64)):
+        chosen = random.Random(0).sample(list(zip(rows.texts, rows.labels, strict=True)), count)
+        lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in chosen]
+        (folder / "data" / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     settings = TrainSettings(
         data=str(folder / "data"), model=str(folder / "encoder"), out=folder / "out", budget=0.4, epochs=2,
         batch_size=16, lr=1e-3, max_length=32, device="cpu", save_every=4,
@@ -69,7 +70,7 @@ def run(settings: TrainSettings, result: Path, resume: bool) -> None:
         "posteriors": [state[name].numpy().tobytes() for name in state if name.startswith("policy.")],
         "price": [state["policy.price"].numpy().tobytes()],
         "generators": [repr(_plain(get())).encode() for get, _ in _generators().values()],
-        "log": [json.dumps(fitted.history).encode()],
+        "log": [json.dumps(fitted.history, sort_keys=True).encode()],
     }
     ended: dict[str, Any] = {name: digest(*values) for name, values in parts.items()}
     ended["data order"] = order
@@ -108,8 +109,8 @@ class Killer:
     def __init__(self, settings: TrainSettings, folder: Path) -> None:
         self.settings, self.folder = settings, folder
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["killing"])
-        with self._started("whole", resume=False) as process:
+        self.context.set_forkserver_preload(["killing"])  # torch is imported once, not in every process
+        with _exported_path(), self._started("whole", resume=False) as process:
             process.join()
         self.whole = self._ended("whole")
 
@@ -125,7 +126,7 @@ class Killer:
                 if due(out / "checkpoints", time.perf_counter() - first if first else -1.0):
                     break
                 time.sleep(0.0005)
-            os.kill(process.pid or 0, signal.SIGKILL)
+            process.kill()  # SIGKILL; nothing happens to one that has ended
             process.join()
         seconds = time.perf_counter() - begun
         half = [f for f in out.glob("checkpoints/checkpoint-*") if not (f / checkpoints.COMPLETE).is_file()]
@@ -160,6 +161,19 @@ class Killer:
     def _ended(self, name: str) -> dict[str, Any]:
         path = self.folder / name / "ended.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+@contextmanager
+def _exported_path() -> Iterator[None]:
+    """Lets the server of processes, which starts with the first of them, find the modules that this process finds."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 def at(seconds: float) -> Callable[[Path, float], bool]:

@@ -1,4 +1,4 @@
-"""`GuardedTrainer`: a `transformers.Trainer` that refuses updates that are not finite and keeps checkpoints it can trust."""
+"""`GuardedTrainer`: a `transformers` trainer that refuses updates that are not finite and checks its checkpoints."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def _generators() -> dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]:
     """The process's random generators: how to read and how to set their states."""
     generators: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         "python": (random.getstate, random.setstate),
-        "numpy": (np.random.get_state, np.random.set_state),  # noqa: NPY002  (libraries draw from it)
+        "numpy": (np.random.get_state, np.random.set_state),
         "torch": (torch.get_rng_state, torch.set_rng_state),
     }
     if torch.cuda.is_available():

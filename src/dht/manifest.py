@@ -1,4 +1,4 @@
-"""Checksums of a folder's files: written last, read first, so that a damaged file is refused before anything loads it."""
+"""Checksums of a folder's files: written last, read first, so that a damaged file is refused before it is loaded."""
 
 from __future__ import annotations
 

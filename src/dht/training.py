@@ -1,4 +1,4 @@
-"""`DHTTrainer`: a trainer of `transformers` that lets the policy decide, pays it, and keeps training within its budget."""
+"""`DHTTrainer`: a `transformers` trainer that lets the policy decide, pays it, and keeps training within its budget."""
 
 from __future__ import annotations
 
