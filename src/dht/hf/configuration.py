@@ -107,13 +107,16 @@ class DHTConfig(PreTrainedConfig):
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # What makes no sense is left for `check` to tell.
-        heads, layers, budget = self.num_attention_heads, self.num_hidden_layers, self.budget
-        if self.widths is None and _is_whole(heads) and _is_real(budget):
-            even = round(heads * math.sqrt(min(max(budget, 0.0), 1.0)))
+        # Before `transformers` computes with them. What else makes no sense is left for `check` to tell.
+        problems = self._wrong_types()
+        if problems:
+            raise ConfigError(problems)
+        if self.widths is None:
+            heads = self.num_attention_heads
+            even = round(heads * math.sqrt(min(max(self.budget, 0.0), 1.0)))
             self.widths = sorted({max(1, even), heads})
-        if self.wide_from is None and _is_whole(layers):
-            self.wide_from = math.ceil(layers / 3)
+        if self.wide_from is None:
+            self.wide_from = math.ceil(self.num_hidden_layers / 3)
         super().__post_init__(**kwargs)
 
     @property
@@ -192,15 +195,15 @@ class DHTConfig(PreTrainedConfig):
         ):
             for name in names:
                 got = getattr(self, name)
-                derived = got is None and name in ("widths", "wide_from")  # from a field that is told anyway
+                derived = got is None and name in ("widths", "wide_from")
                 if not (derived or fits(got)):
                     problems.append(f"{name}: got {shown(got)}, allowed: {allowed}")
         return problems
 
 
 def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 2**63
 
 
 def _is_real(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e300
