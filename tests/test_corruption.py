@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from builders import dynamic_model
+from damage import damage, damage_checkpoint, damage_run, same
 from dht import train
 from dht.checkpoints import complete_checkpoints, load_state, newest_whole, save_state
 from dht.errors import CheckpointError, DHTError
@@ -31,56 +31,23 @@ def saved(tmp_path_factory):
     return settings, settings.out, checkpoints
 
 
-def damage(path: Path, draw: random.Random) -> bytes:
-    """Flips a byte or cuts the file short, and returns what it held."""
-    held = path.read_bytes()
-    if draw.random() < 0.5:
-        where = draw.randrange(len(held))
-        path.write_bytes(held[:where] + bytes([held[where] ^ draw.randrange(1, 256)]) + held[where + 1 :])
-    else:
-        path.write_bytes(held[: draw.randrange(len(held))])
-    return held
-
-
-def same(ours: torch.nn.Module, theirs: torch.nn.Module) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
+SILENT = ("report.json", "run.json")
+"""Files of a run that say nothing of its model."""
 
 
 def test_120_damaged_runs_are_refused_by_name_or_load_the_same(saved):
-    folder, draw = saved[1], random.Random(0)
-    whole, tokenizer = load_run(folder)
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    refused = 0
-    for i in range(120):
-        path = files[i % len(files)]
-        held = damage(path, draw)
-        try:
-            model, words = load_run(folder)
-        except CheckpointError as error:
-            assert path.name in str(error)
-            refused += 1
-        else:
-            assert path.name in ("report.json", "run.json"), "only these say nothing of the model"
-            assert same(whole, model)
-            assert words("fine film").input_ids == tokenizer("fine film").input_ids
-        finally:
-            path.write_bytes(held)
-    assert refused == sum(files[i % len(files)].name not in ("report.json", "run.json") for i in range(120))
-    assert same(whole, load_run(folder)[0])
+    seen = damage_run(saved[1], 120, seed=0)
+    assert {outcome for (_, outcome) in seen} == {"refused", "same"}
+    assert {file for (file, outcome) in seen if outcome == "same"} == set(SILENT)
+    assert not {file for (file, outcome) in seen if outcome == "refused"} & set(SILENT)
+    load_run(saved[1])
 
 
 def test_80_damaged_checkpoints_are_refused_by_name(saved):
-    checkpoints, draw = saved[2], random.Random(1)
-    older, newer = complete_checkpoints(checkpoints)
-    for i in range(80):
-        files = sorted(newer.iterdir())
-        path = files[i % len(files)]
-        held = damage(path, draw)
-        start, problems = newest_whole(checkpoints)
-        assert start == older
-        assert path.name in problems[0]
-        path.write_bytes(held)
-    assert newest_whole(checkpoints) == (newer, [])
+    seen = damage_checkpoint(saved[2], 80, seed=1)
+    assert {outcome for (_, outcome) in seen} == {"refused"}
+    assert sum(seen.values()) == 80
+    assert newest_whole(saved[2])[1] == []
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_resumed(saved, tmp_path):
