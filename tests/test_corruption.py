@@ -57,7 +57,16 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_resumed(saved, tmp_path
     older, newer = complete_checkpoints(out / "checkpoints")
     damage(newer / "optimizer.safetensors", random.Random(0))
     news: list[str] = []
-    fitted = train.fit(small_settings(tmp_path / "x", epochs=1, out=out), resume=True, say=news.append)
+    trainers = []
+
+    def make(*given):
+        trainers.append(train.dynamic_trainer(*given))
+        with pytest.raises(CheckpointError, match="cannot load optimizer.safetensors: .*restore it from a copy$"):
+            trainers[0].train(resume_from_checkpoint=str(broken))
+        return trainers[0]
+
+    broken = shutil.copytree(newer, tmp_path / "broken")
+    fitted = train.fit(small_settings(tmp_path / "x", epochs=1, out=out), resume=True, say=news.append, make=make)
     assert f"{newer}: cannot load optimizer.safetensors: " in news[0]
     assert f"resuming from {older}" in news
     assert same(load_run(folder)[0], fitted.model)

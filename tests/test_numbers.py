@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -13,7 +14,9 @@ import torch
 from dht import train, training
 from dht.bandit.posterior import LinearPosterior
 from dht.checkpoints import complete_checkpoints
-from dht.errors import DHTError, NonFiniteError
+from dht.config import TrainSettings
+from dht.errors import ConfigError, DHTError, NonFiniteError
+from dht.hf.configuration import DHTConfig
 from dht.policy import learned
 from dht.training import LONGEST_LOG, Ledger
 from killing import small_settings
@@ -195,3 +198,41 @@ def test_ten_million_updates_of_duplicate_and_constant_features(forgetting):
     # Condition number up to 6 * 10^7 / ridge = 6e9: of float64's 16 digits 6 are left.
     np.testing.assert_allclose(posterior.width(queries)[:, 0], widths, rtol=2e-6)
     np.testing.assert_allclose(posterior.predict(queries)[:, 0, 0], means, rtol=2e-6, atol=2e-6)
+
+
+# Settings
+
+
+def test_settings_that_are_no_numbers_are_all_told():
+    bad = TrainSettings(
+        "d", "m", Path("o"), epochs=math.inf, lr=math.nan, batch_size=1.5, seed="x", budget=None, settle=[]
+    )
+    with pytest.raises(ConfigError) as caught:
+        bad.check()
+    for text in (
+        "--epochs: got inf, allowed: a number above 0",
+        "--lr: got nan, allowed: a number above 0",
+        "--batch-size: got 1.5, allowed: 1 or more",
+        "--seed: got 'x', allowed: 0 to 2^32 - 1",
+        "--budget: got None, allowed: a number in (0, 1]",
+        "--settle: got [], allowed: a number in [0, 1]",
+    ):
+        assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"num_hidden_layers": "x"}, "^num_hidden_layers: got 'x', allowed: a whole number$"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: got 1000000000, must be in 1..4096"),
+        ({"budget": math.nan}, "^budget: got nan, allowed: a number$"),
+        ({"widths": {"a": 1}}, "^widths: got {'a': 1}, allowed: whole numbers$"),
+        ({"hidden_act": 3}, "^hidden_act: got 3, allowed: a name$"),
+        ({"hidden_act": "sine"}, "^hidden_act: got 'sine', allowed: .*gelu"),
+        ({"pad_token_id": 99, "vocab_size": 9}, r"^pad_token_id: got 99, must be in 0\.\.8 or null$"),
+        ({"layer_norm_eps": -1.0}, r"^layer_norm_eps: got -1.0, must be in 0\.\.1$"),
+    ],
+)
+def test_configurations_that_make_no_sense(changes, text):
+    with pytest.raises(ConfigError, match=text):
+        DHTConfig(**changes).check()

@@ -104,7 +104,7 @@ def _outline(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {"array": [str(value.dtype), value.tolist()]}
     if isinstance(value, Tensor):
         name = str(len(tensors))
-        tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
+        tensors[name] = value.detach().contiguous()
         return {"tensor": name}
     raise CheckpointError(f"cannot put a {type(value).__name__} into a checkpoint; allowed: tensors, numbers, strings")
 

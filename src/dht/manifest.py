@@ -14,7 +14,7 @@ from .errors import CheckpointError
 MANIFEST = "manifest.json"
 """Of a saved model: beside `config.json`."""
 
-MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
+MODEL_FILES = ("config.json", "model*.safetensors", "model*.index.json")
 """What a saved model is made of; patterns."""
 
 TOKENIZER_FILES = (
@@ -52,19 +52,19 @@ def verify(folder: str | Path, name: str = MANIFEST) -> bool:
     path = folder / name
     if not path.is_file():
         return False
+    advice = "the file is damaged: restore it from a copy"
+    if name == MANIFEST:
+        advice += f" (if you changed it yourself, delete {MANIFEST})"
     for file, expected in _read(path).items():
         try:
             size = (folder / file).stat().st_size
             intact = size == expected["bytes"] and _sha256(folder / file) == expected["sha256"]
         except OSError as error:
-            raise CheckpointError(f"{folder}: cannot load {file}: {error.strerror}; {_ADVICE}") from error
+            raise CheckpointError(f"{folder}: cannot load {file}: {error.strerror}; {advice}") from error
         if not intact:
             got = "its SHA-256 is not" if size == expected["bytes"] else f"{size} bytes are not {expected['bytes']},"
-            raise CheckpointError(f"{folder}: cannot load {file}: {got} what {name} says; {_ADVICE}")
+            raise CheckpointError(f"{folder}: cannot load {file}: {got} what {name} says; {advice}")
     return True
-
-
-_ADVICE = f"the file is damaged: restore it from a copy (if you changed it yourself, delete {MANIFEST})"
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
