@@ -23,7 +23,7 @@ from dht import assets, checkpoints, train
 from dht.config import TrainSettings
 from dht.data import load_data
 from dht.errors import CheckpointError
-from dht.guarded import _generators
+from dht.guarded import _read_generators
 
 
 def small_settings(folder: Path, **changes: Any) -> TrainSettings:
@@ -69,7 +69,7 @@ def run(settings: TrainSettings, result: Path, resume: bool) -> None:
         "weights": [t.numpy().tobytes() for name, t in state.items() if not name.startswith("policy.")],
         "posteriors": [state[name].numpy().tobytes() for name in state if name.startswith("policy.")],
         "price": [state["policy.price"].numpy().tobytes()],
-        "generators": [repr(_plain(get())).encode() for get, _ in _generators().values()],
+        "generators": [repr(_plain(state)).encode() for state in _read_generators().values()],
         "log": [json.dumps(fitted.history, sort_keys=True).encode()],
     }
     ended: dict[str, Any] = {name: digest(*values) for name, values in parts.items()}

@@ -26,6 +26,12 @@ def test_killed_in_training_ends_the_same(killer):
     assert outcome.resumed_from > 0
 
 
+def test_killed_in_the_second_epoch_ends_the_same(killer):
+    outcome = killer.kill("second", lambda folder, since: (folder / "checkpoint-28").is_dir())
+    assert outcome.differs == []
+    assert 20 < outcome.resumed_from < 40
+
+
 def test_killed_while_a_checkpoint_is_written_ends_the_same(killer):
     outcome = killer.kill("writing", while_writing(3, delay=0.003))
     assert outcome.differs == []

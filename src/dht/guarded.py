@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 
@@ -61,6 +61,25 @@ class Refusals(TrainerCallback, ExportableState):
             )
 
 
+class _EpochStart(TrainerCallback):
+    """Has a resumed epoch start with the random state that it started with, from which its order of rows is drawn.
+
+    `Trainer` draws the order anew from the seed, which is right for the first epoch alone.
+    """
+
+    def __init__(self, trainer: GuardedTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        states, self.trainer.resumed = self.trainer.resumed, None
+        if states is not None:
+            between_epochs = float(state.epoch or 0.0).is_integer()
+            _set_generators(states["now"] if between_epochs else states["epoch"])
+        self.trainer.epoch_generators = _read_generators()
+
+
 class GuardedTrainer(Trainer):
     """Refuses every update whose loss, gradients, contexts or rewards are not finite, and stops after three in a row.
 
@@ -69,9 +88,11 @@ class GuardedTrainer(Trainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), Refusals(), Seal()]
-        super().__init__(*args, **kwargs)
+        kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), Refusals(), Seal(), _EpochStart(self)]
         self._reason = ""
+        self.epoch_generators: dict[str, Any] = {}
+        self.resumed: dict[str, Any] | None = None
+        super().__init__(*args, **kwargs)
 
     @property
     def refusals(self) -> Refusals:
@@ -140,22 +161,31 @@ class GuardedTrainer(Trainer):
             super()._save_rng_state(output_dir)
             return
         Path(output_dir).mkdir(parents=True, exist_ok=True)  # a rank may be here before rank 0 has made it
-        states = {name: get() for name, (get, _) in _generators().items()}
+        states = {"now": _read_generators(), "epoch": self.epoch_generators}
         save_state(Path(output_dir) / RANDOM.format(self.args.process_index), states)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         path = Path(checkpoint or "") / RANDOM.format(self.args.process_index)
-        if checkpoint is None or not path.is_file():
+        if path.is_file():
+            _set_generators(load_state(path)["now"])
+        else:
             super()._load_rng_state(checkpoint)
-            return
-        states = load_state(path)
-        for name, (_, put) in _generators().items():
-            if name in states:
-                put(states[name])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         verify(resume_from_checkpoint, COMPLETE)
+        path = Path(resume_from_checkpoint) / RANDOM.format(self.args.process_index)
+        self.resumed = load_state(path) if path.is_file() else None
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def _read_generators() -> dict[str, Any]:
+    return {name: read() for name, (read, _) in _generators().items()}
+
+
+def _set_generators(states: dict[str, Any]) -> None:
+    for name, (_, put) in _generators().items():
+        if name in states:
+            put(states[name])
 
 
 def _generators() -> dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]:
