@@ -116,6 +116,16 @@ def check_config(changes: dict[str, Any]) -> bool:
     return True
 
 
+def check_lines(lines: list[bytes]) -> bool:
+    """True if every line holds a text."""
+    try:
+        for text in read_texts(lines):
+            text.encode()
+    except DataError:
+        return False
+    return True
+
+
 class Stream:
     """Lines to a served model, through what `dht predict` runs.
 
