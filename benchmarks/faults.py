@@ -26,6 +26,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # the tests inject the same faults, fewer of them
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from transformers import TrainerCallback
@@ -144,8 +145,8 @@ def _long(folder: Path, result: Path) -> None:
 def long_run(folder: Path) -> dict[str, Any]:
     """Resident memory and length of the logs over a run of `STEPS` steps, in processes of their own.
 
-    oneDNN keeps the last 1024 kernels that it made, one for every shape of a batch, and that cache fills for a while. The
-    second run keeps four, so that what it holds is the program's own.
+    oneDNN keeps the last 1024 kernels that it made, one for every shape of a batch, and that cache fills for a while.
+    The second run keeps four, so that what it holds is the program's own.
     """
     found: dict[str, Any] = {}
     for kept, capacity in (("rss_mb", "1024"), ("rss_mb_with_4_kernels_kept", "4")):
