@@ -24,6 +24,7 @@ from dht.config import TrainSettings
 from dht.data import load_data
 from dht.errors import CheckpointError
 from dht.guarded import _read_generators
+from dht.manifest import COMPLETE
 
 
 def small_settings(folder: Path, **changes: Any) -> TrainSettings:
@@ -129,7 +130,7 @@ class Killer:
             process.kill()  # SIGKILL; nothing happens to one that has ended
             process.join()
         seconds = time.perf_counter() - begun
-        half = [f for f in out.glob("checkpoints/checkpoint-*") if not (f / checkpoints.COMPLETE).is_file()]
+        half = [f for f in out.glob("checkpoints/checkpoint-*") if not (f / COMPLETE).is_file()]
         try:
             start = int(checkpoints.newest_whole(out / "checkpoints")[0].name.split("-")[1])
         except CheckpointError:
@@ -187,7 +188,7 @@ def while_writing(nth: int, delay: float) -> Callable[[Path, float], bool]:
 
     def due(folder: Path, since: float) -> bool:
         for path in folder.glob("checkpoint-*"):
-            if path not in caught and not (path / checkpoints.COMPLETE).is_file():
+            if path not in caught and not (path / COMPLETE).is_file():
                 caught[path] = time.perf_counter()
         latest = list(caught.values())
         return len(latest) >= nth and time.perf_counter() - latest[nth - 1] >= delay

@@ -17,7 +17,7 @@ from dht import train
 from dht.checkpoints import complete_checkpoints, load_state, newest_whole, save_state
 from dht.errors import CheckpointError, DHTError
 from dht.load import load_run
-from dht.manifest import MANIFEST, verify
+from dht.manifest import MANIFEST, verify, write_manifest
 from killing import small_settings
 
 
@@ -106,6 +106,8 @@ def test_a_source_that_is_a_pickle_is_refused(saved, tmp_path):
 def test_manifests_speak_of_the_file_or_of_themselves(tmp_path):
     model = dynamic_model()
     model.save_pretrained(tmp_path)
+    assert not verify(tmp_path), "a folder that is edited at will"
+    write_manifest(tmp_path)
     assert verify(tmp_path)
     weights, listed = tmp_path / "model.safetensors", tmp_path / MANIFEST
     held, text = weights.read_bytes(), listed.read_text()
@@ -126,14 +128,17 @@ def test_manifests_speak_of_the_file_or_of_themselves(tmp_path):
     listed.write_text(text.replace("model.safetensors", "nodel.safetensors"))
     with pytest.raises(CheckpointError, match=r"manifest.json: the list of checksums is damaged"):
         verify(tmp_path)
-    listed.unlink()
-    assert not verify(tmp_path), "a folder from a hub has none"
-    assert same(model, type(model).from_pretrained(tmp_path))
-    model.save_pretrained(tmp_path)  # saving again renews it
-    with torch.no_grad():
-        model.encoder.blocks[0].up_bias.add_(1)
     model.save_pretrained(tmp_path)
-    assert verify(tmp_path)
+    assert not listed.exists(), "it spoke of what was replaced"
+    assert same(model, type(model).from_pretrained(tmp_path))
+
+
+def test_a_damaged_checkpoint_is_not_loaded_as_a_model(saved, tmp_path):
+    folder = shutil.copytree(complete_checkpoints(saved[2])[-1], tmp_path / "checkpoint")
+    AutoModelForSequenceClassification.from_pretrained(folder)
+    damage(folder / "model.safetensors", random.Random(0))
+    with pytest.raises(CheckpointError, match="cannot load model.safetensors: .*complete.json says"):
+        AutoModelForSequenceClassification.from_pretrained(folder)
 
 
 def test_a_broken_policy_without_checksums_is_refused(tmp_path, saved):

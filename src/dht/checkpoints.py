@@ -16,10 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .errors import CheckpointError
-from .manifest import verify, write_manifest
-
-COMPLETE = "complete.json"
-"""The manifest of a checkpoint; a folder without it was left half-written."""
+from .manifest import COMPLETE, verify, write_manifest
 
 
 class Seal(TrainerCallback):

@@ -15,9 +15,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 
-from .checkpoints import COMPLETE, Seal, load_state, save_state
+from .checkpoints import Seal, load_state, save_state
 from .errors import DHTError, NonFiniteError
-from .manifest import verify
+from .manifest import COMPLETE, verify
 
 PATIENCE = 3
 """Updates refused in a row that stop the training."""
@@ -146,6 +146,8 @@ class GuardedTrainer(Trainer):
         if not self._own_format:
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:
+            assert self.optimizer is not None
+            assert self.lr_scheduler is not None
             save_state(Path(output_dir) / OPTIMIZER, self.optimizer.state_dict())
             save_state(Path(output_dir) / SCHEDULER, self.lr_scheduler.state_dict())
 
@@ -153,6 +155,8 @@ class GuardedTrainer(Trainer):
         if checkpoint is None or not (Path(checkpoint) / OPTIMIZER).is_file():
             super()._load_optimizer_and_scheduler(checkpoint)
             return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
         self.optimizer.load_state_dict(load_state(Path(checkpoint) / OPTIMIZER))
         self.lr_scheduler.load_state_dict(load_state(Path(checkpoint) / SCHEDULER))
 

@@ -12,7 +12,10 @@ from ._files import write_json
 from .errors import CheckpointError
 
 MANIFEST = "manifest.json"
-"""Of a saved model: beside `config.json`."""
+"""Of a finished run: beside `config.json`."""
+
+COMPLETE = "complete.json"
+"""Of a checkpoint of a training: lists all its files; a folder without it was left half-written."""
 
 MODEL_FILES = ("config.json", "model*.safetensors", "model*.index.json")
 """What a saved model is made of; patterns."""

@@ -145,11 +145,12 @@ class DHTTrainer(GuardedTrainer):
         mode = self._mode()
         self._trace = None
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._trace is not None:
-            self.ledger.step(self._trace)
+        trace = cast("Trace | None", self._trace)  # None: the forward was refused half-way
+        if trace is not None:
+            self.ledger.step(trace)
             if bool(loss.isfinite()):
                 try:
-                    self._learn(self._trace, mode, float(loss))
+                    self._learn(trace, mode, float(loss))
                 except NonFiniteError as error:
                     self.refuse(str(error))
         self.dynamic.policy.finish_step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from huggingface_hub.dataclasses import strict
@@ -160,7 +161,6 @@ class DHTConfig(PreTrainedConfig):
             )
         need(heads >= 1, f"num_attention_heads: got {heads}, must be at least 1")
         need(self.num_hidden_layers >= 1, f"num_hidden_layers: got {self.num_hidden_layers}, must be at least 1")
-        need(self.hidden_act in ACT2FN, f"hidden_act: got {self.hidden_act!r}, allowed: {', '.join(sorted(ACT2FN))}")
         pad, words = self.pad_token_id, self.vocab_size
         need(pad is None or 0 <= pad < words, f"pad_token_id: got {pad}, must be in 0..{words - 1} or null")
         if heads >= 1:
@@ -216,14 +216,20 @@ class DHTConfig(PreTrainedConfig):
             raise ConfigError(problems)
 
     def _wrong_types(self) -> list[str]:
-        problems = []
-        for names, fits, allowed in (
+        kinds: tuple[tuple[Iterable[str], Callable[[Any], bool], str], ...] = (
             (_WHOLE, _is_whole, "a whole number"),
             (_REAL, _is_real, "a number"),
-            (("pad_token_id",), lambda value: value is None or _is_whole(value), "a whole number or null"),
-            (("hidden_act",), lambda value: isinstance(value, str), "a name"),
-            (("widths",), lambda value: isinstance(value, list) and all(map(_is_whole, value)), "whole numbers"),
-        ):
+            (("pad_token_id", "embedding_size"), lambda got: got is None or _is_whole(got), "a whole number or null"),
+            (("hidden_act", "last_activation"), lambda got: isinstance(got, str), "a name"),
+            (("widths",), lambda got: isinstance(got, list) and all(map(_is_whole, got)), "whole numbers"),
+            (
+                ("rotary_thetas", "windows"),
+                lambda got: got is None or (isinstance(got, list) and all(x is None or _is_real(x) for x in got)),
+                "null, or a number or null for every layer",
+            ),
+        )
+        problems = []
+        for names, fits, allowed in kinds:
             for name in names:
                 got = getattr(self, name)
                 derived = got is None and name in ("widths", "wide_from")
