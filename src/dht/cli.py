@@ -127,7 +127,7 @@ def train(
         label_column=label_column, dense=dense,
     )  # fmt: skip
     settings.check()
-    from .train import complete_checkpoints
+    from .checkpoints import complete_checkpoints
     from .train import train as run
 
     try:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ._rows import without_surrogates
+from .errors import NonFiniteError
 from .hf.modeling import DHTForSequenceClassification
 from .load import collate, lines_in_batches
 
@@ -25,20 +27,31 @@ def predict(
     """One dict a text, in order: `label`, `score` (its probability), `layers`, `heads`, `flops_fraction`.
 
     Args:
-        texts: read lazily, a batch at a time.
+        texts: read lazily, a batch at a time; lone surrogates, which no UTF-8 can hold, count as U+FFFD.
         batch_size: rows that run together; it does not change any answer.
         max_length: tokens a text is cut to.
         details: also `units` (unit indices per layer run) and `exits` (label and score of each exit passed).
+
+    Raises:
+        DataError: a text is not a string.
+        NonFiniteError: the model's answer to a text is not a number.
     """
-    names = model.config.label_names
+    names, done = model.config.label_names, 0
     model.eval()
     for held in lines_in_batches(texts, batch_size):
+        held = [without_surrogates(text, f"text {done + i}") for i, text in enumerate(held, start=1)]
         ids = tokenizer(held, truncation=True, max_length=max_length)["input_ids"]
         batch = collate(tokenizer, [{"input_ids": row} for row in ids])
         with torch.inference_mode():
             trace = model(**{key: value.to(model.device) for key, value in batch.items()}).trace
         probs = trace.logits.float().softmax(-1)
         score, label = probs.max(-1)
+        if not bool(score.isfinite().all()):
+            first = done + 1 + int((~score.isfinite()).nonzero()[0])
+            raise NonFiniteError(
+                f"text {first}: the model's answer is not a number; its weights are broken, train anew"
+            )
+        done += len(held)
         ran, widths = trace.layers, trace.units.sum(-1)
         table, visited = trace.exit_table()
         exits = table.float().softmax(-1)

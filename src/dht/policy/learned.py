@@ -248,6 +248,14 @@ class LearnedPolicy(Policy):
         """Moves the random draws on; called once after each training or probe step."""
         self.step.add_(1)
 
+    def check_sound(self) -> None:
+        """Raises `ValueError` if a statistic is not finite or a posterior not positive definite, and names it."""
+        for name, buffer in self.named_buffers():
+            if not bool(buffer.isfinite().all()):
+                raise ValueError(f"{name} of the policy is not finite")
+        for posterior in (self.numbers, self.units):
+            posterior.factor()
+
     @torch.no_grad()
     def restart(self) -> None:
         """Forgets all numeric rewards: they were earned by other weights. The head units keep theirs."""
