@@ -300,6 +300,54 @@ def predict(
 
 
 @app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished dht train.")],
+    out: Annotated[Path, typer.Option(help="File (onnx) or folder (transformers, onnx-chain) to write.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="transformers: the dense model in its own family. onnx: a fixed plan in one graph. onnx-chain: the "
+            "policy with a graph a layer, for dht.onnx.ChainRunner."
+        ),
+    ] = "transformers",
+    plan: Annotated[
+        str | None,
+        typer.Option(help="Of onnx: LxK (layers, head units), or a budget. Default: the budget trained for."),
+    ] = None,
+    max_length: MaxLength = 128,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Write a trained run for another runtime, after a check that it answers alike."""
+    import json as encoder
+
+    from .export.run import export as run
+    from .export.run import told
+
+    report = run(folder, format, out, plan=plan, max_length=max_length, overwrite=overwrite)
+    _say(told(report))
+    typer.echo(encoder.dumps(report))
+
+
+@app.command()
+def doctor(
+    dtype: Annotated[str, typer.Option(help="Precision that you mean to use: float32 or bfloat16.")] = "float32",
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Print versions, devices, threads and the cache, and warn of what will make dht slow."""
+    from .doctor import examine, print_findings
+
+    found = examine(dtype)
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps(found))
+    else:
+        from rich.console import Console
+
+        print_findings(found, Console())
+
+
+@app.command()
 def compare(
     data: Data = "vader",
     model: Model = "minilm",
