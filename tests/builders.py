@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification, MPNetConfig, MPNetForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from dht.hf.configuration import DHTConfig
 from dht.hf.convert import convert
@@ -19,17 +19,21 @@ SIZES = {
     "num_labels": 3,
     "max_position_embeddings": 64,
 }
+_CHANGED = {
+    "electra": {"embedding_size": 36},
+    "distilbert": {"hidden_dim": SIZES["intermediate_size"]},
+    "modernbert": {"local_attention": 6, "pad_token_id": 0}
+    | dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")),
+}
+"""What a family does not call as the others do, and a window that the longest rows exceed."""
 LENGTHS = (13, 1, 4, 9, 9, 2, 7)
 
 
 def plain_model(family: str, seed: int = 0, **changes):
     """A classifier of `transformers` with weights large enough that every part matters."""
     torch.manual_seed(seed)
-    config, model = {
-        "bert": (BertConfig, BertForSequenceClassification),
-        "mpnet": (MPNetConfig, MPNetForSequenceClassification),
-    }[family]
-    return _spread(model(config(**SIZES | changes))).eval()
+    config = AutoConfig.for_model(family, **SIZES | _CHANGED.get(family, {}) | changes)
+    return _spread(AutoModelForSequenceClassification.from_config(config)).eval()
 
 
 def dynamic_model(family: str = "bert", seed: int = 0, **settings) -> DHTForSequenceClassification:

@@ -21,7 +21,7 @@ def counted(run) -> int:
 
 
 @pytest.mark.parametrize("ffn", ["coupled", "dense"])
-@pytest.mark.parametrize("family", ["bert", "mpnet", "dht"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "electra", "modernbert", "dht"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_executed_flops_equal_the_counter(family, ffn, seed):
     model = dynamic_model(family, ffn=ffn)
@@ -32,8 +32,9 @@ def test_executed_flops_equal_the_counter(family, ffn, seed):
     assert float(trace.flops.sum()) == counted(lambda: execute(model.encoder, FixedPlan(plan), **inputs))
 
 
-def test_dense_flops_equal_the_counter_and_transformers_on_equal_lengths():
-    model = dynamic_model()
+@pytest.mark.parametrize("family", ["bert", "distilbert", "electra", "modernbert"])
+def test_dense_flops_equal_the_counter_and_transformers_on_equal_lengths(family):
+    model = dynamic_model(family)
     inputs = batch((8, 8, 8))
     inputs.pop("labels")
     dense = float(execute(model.encoder, DensePolicy(5), **inputs).dense_flops.sum())
@@ -41,12 +42,14 @@ def test_dense_flops_equal_the_counter_and_transformers_on_equal_lengths():
     assert dense == counted(lambda: export(model).eval()(**inputs))
 
 
-def test_layer_costs_sum_to_the_total():
-    model = dynamic_model()
+@pytest.mark.parametrize("family", ["bert", "electra"])
+def test_layer_costs_sum_to_the_total(family):
+    model = dynamic_model(family)
     inputs = batch()
     inputs.pop("labels")
     trace = execute(model.encoder, FixedPlan(random_plan(7)), **inputs)
-    torch.testing.assert_close(trace.layer_cost.sum(-1) * trace.dense_flops, trace.flops)
+    embedding = 2 * 36 * 60 * inputs["attention_mask"].sum(-1) * (family == "electra")
+    torch.testing.assert_close(trace.layer_cost.sum(-1) * trace.dense_flops + embedding, trace.flops)
 
 
 def test_the_policy_pays_for_itself():

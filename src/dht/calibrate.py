@@ -43,7 +43,7 @@ def calibrate(
     for parameter in frozen:
         parameter.requires_grad_(False)
     heads = torch.zeros(len(encoder.blocks), encoder.cost.heads, dtype=torch.float64)
-    neurons = [torch.zeros(b.up_bias.shape, dtype=torch.float64) for b in encoder.blocks]
+    neurons = [torch.zeros(b.down_weight.shape[:2], dtype=torch.float64) for b in encoder.blocks]
     traces = []
     spent = 0.0
     for batch in batches:

@@ -18,7 +18,7 @@ class TrainSettings:
 
     Args:
         data: embedded name, folder or Hugging Face data set id; what it is called, where the data is given as such.
-        model: embedded name, folder or Hub id of a BERT or MPNet encoder, or a preset (`preset:small`).
+        model: embedded name, folder or Hub id of an encoder (`dht.hf.families`), or a preset (`preset:small`).
         out: folder that the run is written to.
         budget: target mean FLOPs at inference as a fraction of the dense model's, in (0, 1].
         search: "tree" or "integrated". ffn: "coupled" or "dense".

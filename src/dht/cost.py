@@ -1,7 +1,8 @@
 """FLOPs of a plan, by formula: one multiply-add is two FLOPs, as in torch's `FlopCounterMode`.
 
 Counted: the attention projections, QK^T and AV on the padded length that is executed, the FFN, exit heads and the
-policy's own arithmetic. Left out, as in `FlopCounterMode`: embedding look-ups, normalisation and elementwise functions.
+policy's own arithmetic. Left out, as in `FlopCounterMode`: embedding look-ups, normalisation and elementwise functions
+(the turning of rotary positions among them). Sliding windows are masks: the whole square runs, so the whole is counted.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ class CostModel:
     Args:
         coupled: True if a head unit carries its 1/H share of the FFN; False if the FFN always runs whole.
         attends: True if the full model's classifier scores the tokens with H queries.
+        gated: True if the FFN has three matrices (GeGLU) instead of two.
+        embedded: width E of the embedding tables; None = D. Another than D is projected to it.
 
     Example:
         >>> cost = CostModel(width=384, heads=12, ffn=1536, layers=6, classes=2, coupled=True)
@@ -33,17 +36,28 @@ class CostModel:
     classes: int
     coupled: bool
     attends: bool = False
+    gated: bool = False
+    embedded: int | None = None
 
     @property
     def token_unit(self) -> int:
         """FLOPs per token of one head unit's projections (and FFN share when coupled)."""
         attention = 2 * self.width * 4 * (self.width // self.heads)
-        return attention + (4 * self.width * (self.ffn // self.heads) if self.coupled else 0)
+        return attention + (self._token_ffn // self.heads if self.coupled else 0)
 
     @property
     def token_fixed(self) -> int:
         """FLOPs per token of a layer that do not depend on the number of units."""
-        return 0 if self.coupled else 4 * self.width * self.ffn
+        return 0 if self.coupled else self._token_ffn
+
+    @property
+    def _token_ffn(self) -> int:
+        return 2 * self.width * self.ffn * (3 if self.gated else 2)
+
+    def embedding(self, lengths: Tensor) -> Tensor:
+        """FLOPs per row of the projection from E to D, float64 [R]; zeros where there is none."""
+        projects = self.embedded not in (None, self.width)
+        return lengths.to(torch.float64) * (2.0 * (self.embedded or 0) * self.width * projects)
 
     def exit(self, lengths: Tensor, attends: bool = False) -> Tensor:
         """FLOPs per row of one exit head, float64 [R]: a D x D projection and the classifier.
@@ -83,4 +97,5 @@ class CostModel:
     def dense(self, lengths: Tensor) -> Tensor:
         """FLOPs per row of the full model with its one classifier, float64 [R]; attention padded to the longest row."""
         padded = int(lengths.max()) if lengths.numel() else 0
-        return self.layers * self.layer(lengths, self.heads, padded) + self.exit(lengths, self.attends)
+        layers = self.layers * self.layer(lengths, self.heads, padded)
+        return self.embedding(lengths) + layers + self.exit(lengths, self.attends)

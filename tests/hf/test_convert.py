@@ -123,7 +123,7 @@ def test_base_model_and_classifier_sources(tmp_path):
 
 
 def test_an_unknown_architecture_is_named():
-    with pytest.raises(DHTError, match="cannot convert architecture 'gpt2'; what works: bert, mpnet"):
+    with pytest.raises(DHTError, match="cannot convert architecture 'gpt2'; what works: bert, camembert, distilbert"):
         convert(GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11)))
 
 

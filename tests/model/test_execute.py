@@ -13,7 +13,7 @@ from dht.model.reference import reference
 from dht.plan import Plan
 from dht.policy.baselines import DensePolicy, FixedPlan, StaticPolicy
 
-FAMILIES = ("bert", "mpnet", "dht")
+FAMILIES = ("bert", "mpnet", "electra", "modernbert", "dht")
 
 
 def inputs_of(model, lengths=LENGTHS, seed=0):

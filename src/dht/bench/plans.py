@@ -51,7 +51,7 @@ def shape_for(kind: str, fraction: float, cost: CostModel, length: int) -> Shape
     """
     lengths = torch.tensor([length])
     dense = float(cost.dense(lengths))
-    exit_share = float(cost.exit(lengths)) / dense
+    exit_share = float(cost.embedding(lengths) + cost.exit(lengths)) / dense
     whole = float(cost.layer(lengths, cost.heads, length)) / dense
     unit = (whole - float(cost.layer(lengths, 0, length)) / dense) / cost.heads
     fixed = whole - cost.heads * unit

@@ -54,15 +54,16 @@ def all_arms(model: DHTForSequenceClassification, batches: Sequence[Batch], dtyp
     shapes, answers, flops, plans = [], [], [], []
     lengths = torch.cat([batch["attention_mask"].sum(-1) for batch in batches]).cpu()
     heads = [cost.exit(lengths, exit_.queries is not None) for exit_ in model.encoder.exits]
+    embedding = cost.embedding(lengths)
     for width in model.policy.widths:
         sets = model.policy.sets_of(width)
         outcome = run_policy(model, batches, ConfidencePolicy(sets, 2.0), dtype=dtype)
         shares = cost.layer_shares(sets.sum(-1), round(float(lengths.double().mean())))
-        spent = (outcome.flops - torch.stack(heads).sum(0))[:, None] * shares.cumsum(0)
+        spent = (outcome.flops - embedding - torch.stack(heads).sum(0))[:, None] * shares.cumsum(0)
         for depth in range(1, layers + 1):
             shapes.append((depth, width))
             answers.append(outcome.exit_logits[:, depth - 1].argmax(-1))
-            flops.append(spent[:, depth - 1] + heads[depth - 1])
+            flops.append(embedding + spent[:, depth - 1] + heads[depth - 1])
             plans.append(sets.cpu() & (torch.arange(layers) < depth)[:, None])
     return Arms(
         shapes, torch.stack(answers, 1), torch.stack(flops, 1), outcome.labels, outcome.dense_flops, torch.stack(plans)

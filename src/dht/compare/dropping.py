@@ -80,7 +80,7 @@ def run_layers(model: DHTForSequenceClassification, inputs: dict[str, Tensor], l
     rows = encoder.embeddings(inputs["input_ids"], inputs["attention_mask"], inputs.get("token_type_ids"))
     bias = encoder.position_bias(rows.max_length) if encoder.position_bias is not None else None
     units = torch.zeros(rows.rows.numel(), cost.layers, cost.heads, dtype=torch.bool, device=rows.lengths.device)
-    flops = encoder.exit_cost(cost.layers, rows)
+    flops = cost.embedding(rows.lengths) + encoder.exit_cost(cost.layers, rows)
     for layer in layers:
         rows = rows.with_hidden(encoder.blocks[layer](rows, None, bias))
         units[:, layer] = True

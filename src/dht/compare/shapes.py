@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from transformers import AutoConfig
 
 from ..errors import DHTError
+from ..hf.families import settings_of
 from ..load import PRESETS, model_folder
 
 NEAR = 0.8
@@ -68,9 +69,10 @@ def sizes_of(model: str, ffn: str) -> Sizes:
         raise DHTError(f"--model: no preset {model!r}; there are: {', '.join(PRESETS)}")
     else:
         try:
-            sizes = AutoConfig.from_pretrained(model_folder(model)).to_dict()
+            config = AutoConfig.from_pretrained(model_folder(model))
         except (OSError, ValueError, KeyError) as error:
             raise DHTError(f"model: cannot load {model!r}: {str(error).splitlines()[0]}") from error
-    width, inner = sizes["hidden_size"], sizes["intermediate_size"]
+        sizes = settings_of(config)
+    width, inner = sizes["hidden_size"], sizes["intermediate_size"] * (1.5 if sizes.get("gated_ffn") else 1)
     fixed = 0.0 if ffn == "coupled" else inner / (inner + 2 * width)
     return Sizes(sizes["num_hidden_layers"], sizes["num_attention_heads"], fixed)

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from ..errors import ConfigError
 
@@ -19,13 +20,21 @@ class DHTConfig(PreTrainedConfig):
     """Sizes of the encoder and settings of the policy.
 
     Args:
-        norm: "post" (BERT, MPNet) or "pre" (the from-scratch preset).
+        norm: "post" (BERT), "pre" (the from-scratch preset) or "modern" (ModernBERT: before each part, with the
+            embeddings' norm in place of the first, and exits that pool normalised tokens).
+        attention_bias, ffn_bias, norm_bias: False where the family has no biases there.
+        gated_ffn: True for activation(up x) * (gate x) in the FFN.
+        embedding_size: width of the embedding tables where it is not `hidden_size` (ELECTRA).
+        rotary_thetas: base of the rotary positions of each layer; None = learned positions.
+        windows: tokens to either side that a token attends to, of each layer; None = all.
         pooling: what the exit heads read: "attention" (tokens weighed by learned queries that start at the mean),
             "mean" over tokens, or "cls" (first token).
         last_pooling: the same for the last exit, which may come with the checkpoint; None = `pooling`.
-        position_offset: index of the first position embedding (MPNet: 2).
+        last_activation, last_bias, last_norm: the last exit's activation, whether its dense layer has a bias, and
+            whether a norm follows the activation; the other exits have tanh, a bias and no norm.
+        position_offset: index of the first position embedding (MPNet, RoBERTa: 2).
         relative_attention_num_buckets: buckets of the shared relative position bias; 0 = none.
-        source: the family that the weights came from ("bert", "mpnet", or "dht").
+        source: the family that the weights came from, as `transformers` calls it ("bert", ...), or "dht".
         search: "tree" or "integrated".
         ffn: "coupled" (a head unit carries 1/H of the FFN) or "dense" (attention heads alone).
         widths: ascending numbers of head units to choose among; None = from the budget B: K = H sqrt(B), which leaves
@@ -67,8 +76,18 @@ class DHTConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     pad_token_id: int | None = 0
     norm: str = "post"
+    attention_bias: bool = True
+    ffn_bias: bool = True
+    norm_bias: bool = True
+    gated_ffn: bool = False
+    embedding_size: int | None = None
+    rotary_thetas: list[float | int] | None = None
+    windows: list[int | None] | None = None
     pooling: str = "attention"
     last_pooling: str | None = None
+    last_activation: str = "tanh"
+    last_bias: bool = True
+    last_norm: bool = False
     position_offset: int = 0
     relative_attention_num_buckets: int = 0
     source: str = "dht"
@@ -128,8 +147,21 @@ class DHTConfig(PreTrainedConfig):
             widths = self.widths or []
             fits = bool(widths) and widths == sorted(set(widths)) and widths[0] >= 1 and widths[-1] <= heads
             need(fits, f"widths: got {self.widths}, must be ascending numbers in 1..{heads}")
+            size = self.hidden_size // heads
+            even = not self.rotary_thetas or size % 2 == 0
+            need(even, f"rotary_thetas: heads of {size} dimensions cannot be turned in pairs; their size must be even")
+        for name, lowest in (("rotary_thetas", 1), ("windows", 0)):
+            values = getattr(self, name)
+            fits = values is None or len(values) == self.num_hidden_layers
+            fits = fits and all(value is None or value >= lowest for value in values or ())
+            need(fits, f"{name}: got {values}, must be {self.num_hidden_layers} numbers (one a layer) from {lowest} on")
+        size = self.embedding_size
+        need(size is None or size >= 1, f"embedding_size: got {size}, must be at least 1")
+        for name in ("hidden_act", "last_activation"):
+            got = getattr(self, name)
+            need(got in ACT2FN, f"{name}: transformers has no activation {got!r}")
         for name, allowed in {
-            "norm": ("post", "pre"),
+            "norm": ("post", "pre", "modern"),
             "pooling": ("attention", "mean", "cls"),
             "last_pooling": (None, "attention", "mean", "cls"),
             "train_widths": ("narrowest", "all"),

@@ -1,8 +1,8 @@
-"""From a `transformers` encoder to a dynamic one: one name map per family, and neurons dealt to head units."""
+"""From a `transformers` encoder to a dynamic one and back, and neurons dealt to head units."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,65 +13,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from ..errors import DHTError
 from ..model.block import Block
 from .configuration import DHTConfig
+from .families import FAMILIES, Family, family_of, settings_of, source_settings
 from .modeling import DHTForSequenceClassification
 
-
-@dataclass(frozen=True)
-class Family:
-    """What an architecture calls our modules; None = it has no such module. `layer` prefixes a layer's parts."""
-
-    words: str
-    positions: str
-    types: str | None
-    norm: str
-    layer: str
-    query: str
-    key: str
-    value: str
-    out: str
-    attention_norm: str
-    up: str
-    down: str
-    ffn_norm: str
-    pooler: str
-    head: str | None
-    classifier: str
-    bias: str | None
-
-
-BERT = Family(
-    words="embeddings.word_embeddings",
-    positions="embeddings.position_embeddings",
-    types="embeddings.token_type_embeddings",
-    norm="embeddings.LayerNorm",
-    layer="encoder.layer.{}.",
-    query="attention.self.query",
-    key="attention.self.key",
-    value="attention.self.value",
-    out="attention.output.dense",
-    attention_norm="attention.output.LayerNorm",
-    up="intermediate.dense",
-    down="output.dense",
-    ffn_norm="output.LayerNorm",
-    pooler="pooler.dense",
-    head=None,
-    classifier="classifier",
-    bias=None,
-)
-MPNET = replace(
-    BERT,
-    types=None,
-    query="attention.attn.q",
-    key="attention.attn.k",
-    value="attention.attn.v",
-    out="attention.attn.o",
-    attention_norm="attention.LayerNorm",
-    head="classifier.dense",
-    classifier="classifier.out_proj",
-    bias="encoder.relative_attention_bias",
-)
-FAMILIES = {"bert": BERT, "mpnet": MPNET}
-"""Every architecture that converts, by its `model_type`."""
+__all__ = ["FAMILIES", "convert", "deal_neurons", "export", "load_source"]
 
 
 def convert(model: PreTrainedModel, num_labels: int | None = None, **settings: Any) -> DHTForSequenceClassification:
@@ -80,86 +25,77 @@ def convert(model: PreTrainedModel, num_labels: int | None = None, **settings: A
     A sequence classifier keeps its head as the last exit; a base model's pooler (if it has one) starts every exit head.
 
     Args:
-        model: a BERT or MPNet model of `transformers`, with or without a classification head.
+        model: a `transformers` model of one of the `FAMILIES`, with or without a classification head.
         num_labels: classes; None = those of `model`.
         settings: fields of `DHTConfig` to set, such as `search`, `ffn`, `widths`, `budget`.
 
     Raises:
-        DHTError: the architecture has no name map.
+        DHTError: the architecture has no name map, or is a variant that we do not run.
         ConfigError: the sizes or settings do not fit.
     """
-    source = model.config
-    family = FAMILIES.get(source.model_type)
-    if family is None:
-        raise DHTError(
-            f"model: cannot convert architecture {source.model_type!r}; what works: {', '.join(sorted(FAMILIES))}"
-        )
+    source, family = model.config, family_of(model.config)
     labelled: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     if num_labels is None and getattr(source, "id2label", None):
         labelled = {"id2label": source.id2label, "label2id": source.label2id}
-    if hasattr(model, "classifier") and (num_labels is None or num_labels == source.num_labels):
-        labelled["last_pooling"] = "cls"  # the checkpoint's own head reads the first token
-    config = DHTConfig(
-        vocab_size=source.vocab_size,
-        hidden_size=source.hidden_size,
-        num_hidden_layers=source.num_hidden_layers,
-        num_attention_heads=source.num_attention_heads,
-        intermediate_size=source.intermediate_size,
-        hidden_act=source.hidden_act,
-        hidden_dropout_prob=source.hidden_dropout_prob,
-        attention_probs_dropout_prob=source.attention_probs_dropout_prob,
-        max_position_embeddings=source.max_position_embeddings,
-        type_vocab_size=source.type_vocab_size if family.types else 0,
-        layer_norm_eps=source.layer_norm_eps,
-        pad_token_id=source.pad_token_id,
-        position_offset=source.pad_token_id + 1 if source.model_type == "mpnet" else 0,
-        relative_attention_num_buckets=source.relative_attention_num_buckets if family.bias else 0,
-        source=source.model_type,
-        **labelled,
-        **settings,
-    )
+    keeps_head = hasattr(model, "classifier") and (num_labels is None or num_labels == source.num_labels)
+    if keeps_head:  # the checkpoint's own head reads the first token, unless it says otherwise
+        labelled["last_pooling"] = getattr(source, "classifier_pooling", "cls")
+    config = DHTConfig(**settings_of(source), **labelled, **settings)
     dynamic = DHTForSequenceClassification(config)
     prefix = f"{model.base_model_prefix}."
     state = {name.removeprefix(prefix): tensor for name, tensor in model.state_dict().items()}
     with torch.no_grad():
-        _copy(dynamic, state, family)
+        if f"{family.pooler}.weight" in state:  # many a base model comes without
+            for exit_ in dynamic.encoder.exits:
+                exit_.dense.weight.copy_(state[f"{family.pooler}.weight"])
+                exit_.dense.bias.copy_(state[f"{family.pooler}.bias"])
+        for names, ours in _counterparts(dynamic, family, keeps_head):
+            ours.copy_(torch.cat([state[name] for name in names]).view(ours.shape))
     dynamic.policy.restart()
     return dynamic
 
 
-def _copy(dynamic: DHTForSequenceClassification, state: dict[str, Tensor], family: Family) -> None:
-    encoder, heads = dynamic.encoder, dynamic.config.num_attention_heads
+def _counterparts(
+    dynamic: DHTForSequenceClassification, family: Family, head: bool
+) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Every weight of ours as a view whose elements come in the order of theirs, and what theirs is called.
 
-    def put(module: nn.Module, name: str | None) -> None:
-        for part, parameter in module.named_parameters(recurse=False):
-            if name and f"{name}.{part}" in state:
-                parameter.copy_(state[f"{name}.{part}"])
+    Several names are tensors that end to end make ours up.
 
-    put(encoder.embeddings.words, family.words)
-    put(encoder.embeddings.positions, family.positions)
-    put(encoder.embeddings.norm, family.norm)
-    if encoder.embeddings.types is not None:
-        put(encoder.embeddings.types, family.types)
-    if encoder.position_bias is not None:
-        put(encoder.position_bias.values, family.bias)
+    Args:
+        head: True for the last exit's head too.
+    """
+    encoder, last = dynamic.encoder, dynamic.encoder.exits[-1]
+    modules: list[tuple[str | None, nn.Module | None]] = [
+        (family.words, encoder.embeddings.words),
+        (family.positions, encoder.embeddings.positions),
+        (family.types, encoder.embeddings.types),
+        (family.norm, encoder.embeddings.norm),
+        (family.project, encoder.embeddings.project),
+        (family.bias, encoder.position_bias and encoder.position_bias.values),
+        (family.final_norm, encoder.final_norm),
+    ]
+    if head:
+        modules.append((family.head or family.pooler, last.dense))
+        modules.append((family.head_norm, last.norm))
+        modules.append((family.classifier, last.classifier))
+    parts = {"qkv": family.qkv, "out": (family.out,), "up": (family.up,), "down": (family.down,)}
     for index, block in enumerate(encoder.blocks):
         at = family.layer.format(index)
-        for i, name in enumerate((family.query, family.key, family.value)):
-            block.qkv_weight[:, i] = state[f"{at}{name}.weight"].unflatten(0, (heads, -1))
-            block.qkv_bias[:, i] = state[f"{at}{name}.bias"].unflatten(0, (heads, -1))
-        block.out_weight.copy_(state[f"{at}{family.out}.weight"].T.unflatten(0, (heads, -1)))
-        block.out_bias.copy_(state[f"{at}{family.out}.bias"])
-        block.up_weight.copy_(state[f"{at}{family.up}.weight"].unflatten(0, (heads, -1)))
-        block.up_bias.copy_(state[f"{at}{family.up}.bias"].unflatten(0, (heads, -1)))
-        block.down_weight.copy_(state[f"{at}{family.down}.weight"].T.unflatten(0, (heads, -1)))
-        block.down_bias.copy_(state[f"{at}{family.down}.bias"])
-        put(block.attention_norm, at + family.attention_norm)
-        put(block.ffn_norm, at + family.ffn_norm)
-    for exit_ in encoder.exits:
-        put(exit_.dense, family.pooler)
-    if dynamic.config.last_pooling == "cls":
-        put(encoder.exits[-1].dense, family.head)
-        put(encoder.exits[-1].classifier, family.classifier)
+        modules.append((at + family.attention_norm, block.attention_norm))
+        modules.append((at + family.ffn_norm, block.ffn_norm))
+        for name, ours in block.named_parameters(recurse=False):
+            part, kind = name.rsplit("_", 1)
+            if part == "qkv" or (part == "up" and block.gated):
+                view = ours.transpose(0, 1)  # theirs: the queries of all heads, then the keys, ...
+            elif part in ("out", "down") and kind == "weight":
+                view = ours.permute(2, 0, 1)  # theirs: the inputs, which the units own, last
+            else:
+                view = ours
+            yield tuple(f"{at}{theirs}.{kind}" for theirs in parts[part]), view
+    for theirs, module in modules:
+        for kind, ours in module.named_parameters(recurse=False) if module is not None else ():
+            yield (f"{theirs}.{kind}",), ours
 
 
 def load_source(path: str | Path, num_labels: int) -> PreTrainedModel:
@@ -194,9 +130,9 @@ def deal_neurons(block: Block, unit_importance: Tensor, neuron_importance: Tenso
     dealt = torch.empty_like(ranked).view(heads, share)
     dealt[unit_importance.argsort(dim=0, descending=True)] = ranked.view(heads, share)
     order = dealt.flatten()
-    for weight in (block.up_weight, block.up_bias, block.down_weight):
-        flat = weight.flatten(0, 1)
-        weight.copy_(flat[order].view_as(weight))
+    up = (block.up_weight, block.up_bias)
+    for weight in (*(w.transpose(1, 2) if block.gated else w for w in up), block.down_weight):  # [H, M/H, ...]
+        weight.copy_(weight.flatten(0, 1)[order].unflatten(0, (heads, share)))
 
 
 def export(dynamic: DHTForSequenceClassification) -> PreTrainedModel:
@@ -211,51 +147,16 @@ def export(dynamic: DHTForSequenceClassification) -> PreTrainedModel:
         raise DHTError(
             f"model: {config.source!r} has no counterpart in transformers; what has: {', '.join(sorted(FAMILIES))}"
         )
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "vocab_size",
-             "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "layer_norm_eps",
-             "pad_token_id", "id2label", "label2id")  # fmt: skip
-    sizes = {name: getattr(config, name) for name in names}
-    if family.types:
-        sizes["type_vocab_size"] = config.type_vocab_size
-    if family.bias:
-        sizes["relative_attention_num_buckets"] = config.relative_attention_num_buckets
     plain: PreTrainedModel = AutoModelForSequenceClassification.from_config(
-        AutoConfig.for_model(config.source, **sizes)
+        AutoConfig.for_model(config.source, **source_settings(config))
     )
-    prefix = f"{plain.base_model_prefix}."
-    own = set(plain.state_dict())
+    own = plain.state_dict()
     state: dict[str, Tensor] = {}
-
-    def put(name: str | None, **parts: Tensor) -> None:
-        for part, tensor in parts.items():
-            if name:
-                full = f"{name}.{part}"
-                state[full if full in own else prefix + full] = tensor.detach().contiguous()
-
-    def module(name: str | None, source: nn.Module) -> None:
-        put(name, **dict(source.named_parameters(recurse=False)))
-
-    encoder, head = dynamic.encoder, dynamic.encoder.exits[-1]
-    module(family.words, encoder.embeddings.words)
-    module(family.positions, encoder.embeddings.positions)
-    module(family.norm, encoder.embeddings.norm)
-    if encoder.embeddings.types is not None:
-        module(family.types, encoder.embeddings.types)
-    if encoder.position_bias is not None:
-        module(family.bias, encoder.position_bias.values)
-    for index, block in enumerate(encoder.blocks):
-        at = family.layer.format(index)
-        for i, name in enumerate((family.query, family.key, family.value)):
-            put(at + name, weight=block.qkv_weight[:, i].flatten(0, 1), bias=block.qkv_bias[:, i].flatten())
-        put(at + family.out, weight=block.out_weight.flatten(0, 1).T, bias=block.out_bias)
-        put(at + family.up, weight=block.up_weight.flatten(0, 1), bias=block.up_bias.flatten())
-        put(at + family.down, weight=block.down_weight.flatten(0, 1).T, bias=block.down_bias)
-        module(at + family.attention_norm, block.attention_norm)
-        module(at + family.ffn_norm, block.ffn_norm)
-    module(family.head or family.pooler, head.dense)
-    module(family.classifier, head.classifier)
-    with torch.no_grad():
-        missing, unexpected = plain.load_state_dict(state, strict=False)
+    for names, ours in _counterparts(dynamic, family, head=True):
+        full = [name if name in own else f"{plain.base_model_prefix}.{name}" for name in names]
+        theirs = ours.detach().reshape(-1, *own[full[0]].shape[1:])
+        state |= dict(zip(full, theirs.chunk(len(full)), strict=True))
+    missing, unexpected = plain.load_state_dict(state, strict=False)
     lost = [name for name in missing if "position_ids" not in name]
     assert not [*lost, *unexpected], f"name map of {config.source} is incomplete: {lost} {unexpected}"
     return plain

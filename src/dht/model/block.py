@@ -1,8 +1,8 @@
 """One encoder block whose weights are stored head unit by head unit, so that a subset runs as a smaller dense block.
 
 Unit h owns the query, key and value rows of attention head h, its columns of the output projection and, when units are
-coupled, M/H neurons of the FFN. A set of k units is k contiguous slabs of each weight: the group runs at the speed of a
-dense block of k heads, and what is left out is not computed.
+coupled, M/H neurons of the FFN (of a gated one, their rows in both halves). A set of k units is k contiguous slabs of
+each weight: the group runs at the speed of a dense block of k heads, and what is left out is not computed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.activations import ACT2FN
 
 from .packed import Packed
+from .rotary import rotate
 
 _STEPS = [0]
 """Optimizer steps taken in this process. Fused optimizers change weights without raising their version counter, so kept
@@ -40,10 +41,20 @@ class Block(nn.Module):
         width, heads, ffn: D, H and M; H must divide D and M.
         coupled: True if a head unit carries M/H FFN neurons; False if the FFN is one dense part.
         activation: name of the FFN's activation in `transformers`.
-        norm: "post" (BERT) or "pre".
+        gated: True for activation(up x) * (gate x) in the FFN (GeGLU); `up_weight` then holds both, [H, 2, M/H, D].
+        norm: "post" (BERT) or anything else for "pre".
+        attention_norm: False if the block gets what is normalised already.
+        attention_bias, ffn_bias, norm_bias: False for parts without biases.
+        rotary: theta of rotary positions; None = none.
+        window: tokens to either side that a token attends to; None = all.
         eps: layer norm epsilon.
         dropout, attention_dropout: probabilities, used in training mode.
     """
+
+    qkv_bias: Tensor
+    out_bias: Tensor
+    up_bias: Tensor
+    down_bias: Tensor
 
     def __init__(
         self,
@@ -53,28 +64,44 @@ class Block(nn.Module):
         *,
         coupled: bool = True,
         activation: str = "gelu",
+        gated: bool = False,
         norm: str = "post",
+        attention_norm: bool = True,
+        attention_bias: bool = True,
+        ffn_bias: bool = True,
+        norm_bias: bool = True,
+        rotary: float | None = None,
+        window: int | None = None,
         eps: float = 1e-12,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         size, share = width // heads, ffn // heads
-        self.heads, self.coupled, self.pre_norm = heads, coupled, norm == "pre"
+        self.heads, self.coupled, self.pre_norm = heads, coupled, norm != "post"
+        self.gated, self.rotary, self.window = gated, rotary, window
+        up = (heads, 2, share) if gated else (heads, share)
         self.dropout, self.attention_dropout = dropout, attention_dropout
         self.qkv_weight = nn.Parameter(torch.empty(heads, 3, size, width))
-        self.qkv_bias = nn.Parameter(torch.empty(heads, 3, size))
+        self._add_bias("qkv_bias", attention_bias, heads, 3, size)
         self.out_weight = nn.Parameter(torch.empty(heads, size, width))
-        self.out_bias = nn.Parameter(torch.empty(width))
-        self.up_weight = nn.Parameter(torch.empty(heads, share, width))
-        self.up_bias = nn.Parameter(torch.empty(heads, share))
+        self._add_bias("out_bias", attention_bias, width)
+        self.up_weight = nn.Parameter(torch.empty(*up, width))
+        self._add_bias("up_bias", ffn_bias, *up)
         self.down_weight = nn.Parameter(torch.empty(heads, share, width))
-        self.down_bias = nn.Parameter(torch.empty(width))
-        self.attention_norm = nn.LayerNorm(width, eps=eps)
-        self.ffn_norm = nn.LayerNorm(width, eps=eps)
+        self._add_bias("down_bias", ffn_bias, width)
+        self.attention_norm = nn.LayerNorm(width, eps=eps, bias=norm_bias) if attention_norm else nn.Identity()
+        self.ffn_norm = nn.LayerNorm(width, eps=eps, bias=norm_bias)
         self.activation = ACT2FN[activation]
         self._slices: dict[tuple[int, ...], tuple[tuple[int, ...], tuple[Tensor, ...]]] = {}
         self.reset_parameters()
+
+    def _add_bias(self, name: str, learned: bool, *shape: int) -> None:
+        """A bias, or zeros that are not trained where the family has none: one code path, and next to no arithmetic."""
+        if learned:
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        else:
+            self.register_buffer(name, torch.zeros(shape))
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Draws weights from N(0, std^2) and zeroes biases, as BERT does."""
@@ -107,7 +134,12 @@ class Block(nn.Module):
         if not self.pre_norm:
             hidden = self.attention_norm(hidden)
         source = self.ffn_norm(hidden) if self.pre_norm else hidden
-        inner = self.activation(F.linear(source, up_weight.flatten(0, 1), up_bias.flatten()))
+        inner = F.linear(source, up_weight.flatten(0, -2), up_bias.flatten())
+        if self.gated:
+            value, gate = inner.view(len(inner), *up_bias.shape).unbind(2)
+            inner = (self.activation(value) * gate).flatten(1)
+        else:
+            inner = self.activation(inner)
         if self.coupled:
             self._listen(tap, "ffn", inner, up_weight.shape[0])
         hidden = hidden + self._drop(torch.addmm(self.down_bias, inner, down_weight.flatten(0, 1)))
@@ -122,7 +154,9 @@ class Block(nn.Module):
             padded = qkv.new_zeros(count * longest, qkv.shape[-1])
             qkv = padded.index_copy(0, rows.slot, qkv)
         query, key, value = qkv.view(count, longest, heads, 3, size).permute(3, 0, 2, 1, 4).unbind(0)
-        mask = rows.mask
+        if self.rotary is not None:
+            query, key = rotate(query, key, rows, self.rotary)
+        mask = rows.mask if self.window is None else rows.near(self.window)
         if bias is not None:
             bias = bias[..., :longest, :longest].to(query.dtype)
             mask = bias if mask is None else bias.masked_fill(~mask, torch.finfo(bias.dtype).min)

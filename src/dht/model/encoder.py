@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from ..cost import CostModel
 from .block import Block
@@ -36,12 +38,14 @@ class Stack(nn.ModuleList, Generic[M]):
 
 
 class Embeddings(nn.Module):
-    """Word, position and (where the family has them) token type embeddings of the real tokens only.
+    """Word and (where the family has them) position and token type embeddings of the real tokens only.
 
     Args:
-        vocab, positions, types, width: table sizes; `types` 0 = none.
+        vocab, positions, types, width: table sizes; `types` 0 = none, `positions` 0 = none (rotary families).
+        size: width of the tables; another one than `width` is projected to it (ELECTRA).
         position_offset: index of the first position (MPNet counts from `pad_token_id` + 1, skipping padding).
         norm: True to normalise the sum (BERT); pre-norm presets leave it to the first block.
+        norm_bias: False for a norm without bias.
     """
 
     def __init__(
@@ -51,32 +55,40 @@ class Embeddings(nn.Module):
         types: int,
         width: int,
         *,
+        size: int | None = None,
         position_offset: int = 0,
         norm: bool = True,
+        norm_bias: bool = True,
         eps: float = 1e-12,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.words: nn.Module = nn.Embedding(vocab, width)  # replaced by `set_input_embeddings`
-        self.positions = nn.Embedding(positions, width)
-        self.types = nn.Embedding(types, width) if types else None
-        self.norm = nn.LayerNorm(width, eps=eps) if norm else nn.Identity()
+        size = size or width
+        self.words: nn.Module = nn.Embedding(vocab, size)  # replaced by `set_input_embeddings`
+        self.positions = nn.Embedding(positions, size) if positions else None
+        self.types = nn.Embedding(types, size) if types else None
+        self.norm = nn.LayerNorm(size, eps=eps, bias=norm_bias) if norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
+        self.project = nn.Linear(size, width) if size != width else None
         self.position_offset = position_offset
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Packed:
         """Packed embeddings of `input_ids` [B, T] where `attention_mask` [B, T] is 1."""
         keep = attention_mask.bool()
         lengths = keep.sum(-1)
-        if self.position_offset:
-            position = keep.cumsum(-1)[keep] - 1 + self.position_offset
-        else:
-            position = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)[keep]
-        hidden = self.words(input_ids[keep]) + self.positions(position)
+        hidden = self.words(input_ids[keep])
+        if self.positions is not None:
+            if self.position_offset:
+                position = keep.cumsum(-1)[keep] - 1 + self.position_offset
+            else:
+                position = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)[keep]
+            hidden = hidden + self.positions(position)
         if self.types is not None:
             hidden = hidden + (self.types.weight[0] if token_type_ids is None else self.types(token_type_ids[keep]))
-        rows = torch.arange(input_ids.shape[0], device=input_ids.device)
-        return Packed(self.dropout(self.norm(hidden)), lengths, rows)
+        hidden = self.dropout(self.norm(hidden))
+        if self.project is not None:
+            hidden = self.project(hidden)
+        return Packed(hidden, lengths, torch.arange(input_ids.shape[0], device=input_ids.device))
 
 
 class RelativePositionBias(nn.Module):
@@ -109,22 +121,36 @@ hardly move within a fine-tuning run."""
 
 
 class ExitHead(nn.Module):
-    """A classifier on the hidden states of a row: pooling, dense, tanh, linear.
+    """A classifier on the hidden states of a row: pooling, dense, activation, norm (if any), linear.
 
     Args:
         width, heads, classes: D, H and C.
         pooling: "attention" (learned queries, one per head, each weighing the tokens of its slice of D; they start at
             zero, which is the mean over tokens), "mean", or "cls" (the first token, as BERT's own head).
+        activation: name of the activation in `transformers`.
+        bias: False for a dense layer without bias.
+        norm: applied after the activation; None = nothing is.
         dropout: probability before the classifier, used in training mode.
     """
 
     def __init__(
-        self, width: int, heads: int, classes: int, *, pooling: str = "attention", dropout: float = 0.0
+        self,
+        width: int,
+        heads: int,
+        classes: int,
+        *,
+        pooling: str = "attention",
+        activation: str = "tanh",
+        bias: bool = True,
+        norm: nn.LayerNorm | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.pooling = pooling
         self.queries = nn.Parameter(torch.zeros(heads, width)) if pooling == "attention" else None
-        self.dense = nn.Linear(width, width)
+        self.dense = nn.Linear(width, width, bias=bias)
+        self.activation = ACT2FN[activation]
+        self.norm = norm or nn.Identity()
         self.classifier = nn.Linear(width, classes)
         self.dropout = nn.Dropout(dropout)
 
@@ -136,7 +162,8 @@ class ExitHead(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Logits [R, C] of `pooled` [R, D]."""
-        logits: Tensor = self.classifier(self.dropout(torch.tanh(self.dense(pooled))))
+        read = self.norm(self.activation(self.dense(pooled)))
+        logits: Tensor = self.classifier(self.dropout(read))
         return logits
 
 
@@ -150,14 +177,17 @@ class Encoder(nn.Module):
     def __init__(self, config: DHTConfig) -> None:
         super().__init__()
         width, heads, eps = config.hidden_size, config.num_attention_heads, config.layer_norm_eps
-        pre_norm = config.norm == "pre"
+        layers, modern = config.num_hidden_layers, config.norm == "modern"
+        norm = partial(nn.LayerNorm, width, eps=eps, bias=config.norm_bias)
         self.embeddings = Embeddings(
             config.vocab_size,
-            config.max_position_embeddings,
+            0 if config.rotary_thetas else config.max_position_embeddings,
             config.type_vocab_size,
             width,
+            size=config.embedding_size,
             position_offset=config.position_offset,
-            norm=not pre_norm,
+            norm=config.norm != "pre",
+            norm_bias=config.norm_bias,
             eps=eps,
             dropout=config.hidden_dropout_prob,
         )
@@ -168,29 +198,44 @@ class Encoder(nn.Module):
                 config.intermediate_size,
                 coupled=config.ffn == "coupled",
                 activation=config.hidden_act,
+                gated=config.gated_ffn,
                 norm=config.norm,
+                attention_norm=not modern or layer > 0,
+                attention_bias=config.attention_bias,
+                ffn_bias=config.ffn_bias,
+                norm_bias=config.norm_bias,
+                rotary=config.rotary_thetas[layer] if config.rotary_thetas else None,
+                window=config.windows[layer] if config.windows else None,
                 eps=eps,
                 dropout=config.hidden_dropout_prob,
                 attention_dropout=config.attention_probs_dropout_prob,
             )
-            for _ in range(config.num_hidden_layers)
+            for layer in range(layers)
         )
-        self.final_norm = nn.LayerNorm(width, eps=eps) if pre_norm else nn.Identity()
+        self.final_norm = nn.Identity() if config.norm == "post" else norm()
+        self.norms_tokens = modern
         buckets = config.relative_attention_num_buckets
         self.position_bias = RelativePositionBias(buckets, heads) if buckets else None
         classes = len(config.label_names)
-        poolings = [config.pooling] * (config.num_hidden_layers - 1) + [config.last_pooling or config.pooling]
-        self.exits: Stack[ExitHead] = Stack(
-            ExitHead(width, heads, classes, pooling=pooling, dropout=config.hidden_dropout_prob) for pooling in poolings
+        head = partial(ExitHead, width, heads, classes, dropout=config.hidden_dropout_prob)
+        last = head(
+            pooling=config.last_pooling or config.pooling,
+            activation=config.last_activation,
+            bias=config.last_bias,
+            norm=norm() if config.last_norm else None,
         )
+        self.exits: Stack[ExitHead] = Stack([*(head(pooling=config.pooling) for _ in range(layers - 1)), last])
         self.cost = CostModel(
-            width, heads, config.intermediate_size, config.num_hidden_layers, classes, config.ffn == "coupled",
-            poolings[-1] == "attention",
+            width, heads, config.intermediate_size, layers, classes, config.ffn == "coupled", last.queries is not None,
+            config.gated_ffn, config.embedding_size or width,
         )  # fmt: skip
 
     def pool(self, layer: int, rows: Packed) -> Tensor:
         """[R, D], what the exit after `layer` in 1..N reads of the rows."""
-        pooled: Tensor = self.final_norm(self.exits[layer - 1].pool(rows))
+        head = self.exits[layer - 1]
+        if self.norms_tokens and head.pooling != "cls":
+            return head.pool(rows.with_hidden(self.final_norm(rows.hidden)))
+        pooled: Tensor = self.final_norm(head.pool(rows))
         return pooled
 
     def exit(self, layer: int, rows: Packed) -> Tensor:

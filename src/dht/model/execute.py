@@ -63,7 +63,7 @@ def execute(
     bias = encoder.position_bias(packed.max_length) if encoder.position_bias is not None and batch else None
     trace = Trace(
         units=torch.zeros(batch, num_layers, heads, dtype=torch.bool, device=device),
-        flops=torch.zeros(batch, dtype=torch.float64, device=device),
+        flops=cost.embedding(packed.lengths),
         dense_flops=cost.dense(packed.lengths),
         layer_cost=torch.zeros(batch, num_layers, dtype=torch.float64, device=device),
     )

@@ -57,6 +57,26 @@ class Packed:
         places = torch.arange(self.max_length, device=self.lengths.device)
         return (places < self.lengths[:, None])[:, None, None, :]
 
+    @cached_property
+    def tables(self) -> dict[tuple[str, float, int], tuple[Tensor, ...]]:
+        """What follows from the layout alone and several layers need: filled by whoever works it out first."""
+        return {}
+
+    def near(self, window: int) -> Tensor | None:
+        """`mask`, and no token further than `window` away: bool, broadcasts to [R, 1, T, T]; None if all attend to all.
+
+        A padded place attends to everything: its result is dropped, but an empty softmax would spoil the gradients.
+        """
+        if self.max_length <= window + 1:
+            return self.mask
+        known = ("near", window, 0)
+        if known not in self.tables:
+            places = torch.arange(self.max_length, device=self.lengths.device)
+            band = (places[:, None] - places).abs() <= window
+            real = self.mask
+            self.tables[known] = (band[None, None] if real is None else (band & real) | ~real.mT,)
+        return self.tables[known][0]
+
     def first(self) -> Tensor:
         """[R, D], each row's first token."""
         return self.hidden[self.starts]

@@ -36,10 +36,14 @@ def reference(
     place = torch.arange(length, device=input_ids.device).expand(batch, length)
     if emb.position_offset:
         place = (keep.cumsum(-1) - 1).clamp_min(0) + emb.position_offset
-    hidden = emb.words(input_ids) + emb.positions(place)
+    hidden = emb.words(input_ids)
+    if emb.positions is not None:
+        hidden = hidden + emb.positions(place)
     if emb.types is not None:
         hidden = hidden + emb.types(torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids)
     hidden = emb.norm(hidden)
+    if emb.project is not None:
+        hidden = emb.project(hidden)
     on = plan.units.to(hidden.dtype) if gates is None else plan.units.to(hidden.dtype) * gates
     exits = []
     for layer, block in enumerate(encoder.blocks):
@@ -48,16 +52,29 @@ def reference(
             torch.einsum("btd,hed->bhte", source, block.qkv_weight[:, i]) + block.qkv_bias[None, :, i, None]
             for i in range(3)
         )
+        if block.rotary is not None:
+            query, key = _turned(query, block.rotary), _turned(key, block.rotary)
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
         if encoder.position_bias is not None:
             scores = scores + encoder.position_bias(length)
+        if block.window is not None:
+            near = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(-block.window).tril(block.window)
+            scores = scores.masked_fill(~near, -1e9)  # finite: a padded place may have nobody near it
         scores = scores.masked_fill(~keep[:, None, None, :], -torch.inf)
         mixed = (scores.softmax(-1) @ value) * on[:, layer, :, None, None]
         new = hidden + torch.einsum("bhte,hed->btd", mixed, block.out_weight) + block.out_bias
         if not block.pre_norm:
             new = block.attention_norm(new)
         source = block.ffn_norm(new) if block.pre_norm else new
-        inner = block.activation(torch.einsum("btd,hfd->bhtf", source, block.up_weight) + block.up_bias[None, :, None])
+        if block.gated:
+            value, gate = (
+                torch.einsum("btd,hfd->bhtf", source, block.up_weight[:, i]) + block.up_bias[None, :, i, None]
+                for i in range(2)
+            )
+            inner = block.activation(value) * gate
+        else:
+            rows = torch.einsum("btd,hfd->bhtf", source, block.up_weight) + block.up_bias[None, :, None]
+            inner = block.activation(rows)
         if block.coupled:
             inner = inner * on[:, layer, :, None, None]
         new = new + torch.einsum("bhtf,hfd->btd", inner, block.down_weight) + block.down_bias
@@ -69,8 +86,19 @@ def reference(
     return exits
 
 
+def _turned(states: Tensor, theta: float) -> Tensor:
+    """Rotary positions as the rotation of complex numbers, [B, H, T, size]."""
+    length, size = states.shape[-2:]
+    angle = torch.outer(torch.arange(length), theta ** (-2 * torch.arange(size // 2) / size)).to(states.device)
+    turn = torch.polar(torch.ones_like(angle), angle)
+    pairs = torch.complex(states[..., : size // 2], states[..., size // 2 :]) * turn
+    return torch.cat([pairs.real, pairs.imag], -1)
+
+
 def _exit(encoder: Encoder, layer: int, hidden: Tensor, keep: Tensor) -> Tensor:
     head = encoder.exits[layer]
+    if encoder.norms_tokens:
+        hidden = encoder.final_norm(hidden)
     if head.pooling == "cls":
         pooled = hidden[torch.arange(len(hidden), device=hidden.device), keep.int().argmax(-1)]
     elif head.queries is None:
@@ -80,5 +108,5 @@ def _exit(encoder: Encoder, layer: int, hidden: Tensor, keep: Tensor) -> Tensor:
         weight = scores.masked_fill(~keep[..., None], -torch.inf).softmax(1)
         sliced = hidden.unflatten(-1, (weight.shape[-1], -1))
         pooled = torch.einsum("bth,bthe->bhe", weight, sliced).flatten(1)
-    logits: Tensor = head(encoder.final_norm(pooled))
+    logits: Tensor = head(pooled if encoder.norms_tokens else encoder.final_norm(pooled))
     return logits

@@ -1,0 +1,37 @@
+"""Rotary positions: queries and keys are turned by an angle that grows with the token's place in its row.
+
+Source: RoFormer (Su et al. 2021, arXiv 2104.09864), dimension i paired with i + size/2 as in `transformers`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .packed import Packed
+
+
+def rotate(query: Tensor, key: Tensor, rows: Packed, theta: float) -> tuple[Tensor, Tensor]:
+    """The turned `query` and `key`, each [R, k, T, size], in their own dtype.
+
+    Args:
+        rows: their layout; the table is worked out once for it and used by all layers of that `theta`.
+        theta: base of the wavelengths.
+    """
+    known = ("rotary", theta, query.shape[-1])
+    if known not in rows.tables:
+        rows.tables[known] = _table(rows.max_length, query.shape[-1], theta, query.device)
+    cos, sin = rows.tables[known]
+    return _turn(query, cos, sin), _turn(key, cos, sin)
+
+
+def _table(length: int, size: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every place's angles, float32 [T, size / 2] each: an angle is not for half precision."""
+    frequency = theta ** (-torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
+    angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = states.float().chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(states.dtype)
