@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -18,11 +19,13 @@ from dht.cli import app
 from dht.errors import CheckpointError, ConfigError, DHTError
 from dht.export import chain, static
 from dht.export.graphs import LayerGraph, Padded, PlanGraph
+from dht.export.onnx_file import write_onnx
 from dht.export.run import export, told
 from dht.hf.convert import convert
+from dht.hf.families import FAMILIES
 from dht.load import load_run
 from dht.model.packed import Packed
-from dht.onnx import ChainRunner
+from dht.onnx import POLICY_FILE, ChainRunner
 from dht.plan import Plan
 from dht.policy.baselines import DensePolicy, FixedPlan
 from dht.predict import predict
@@ -42,13 +45,13 @@ def arrays(rows):
 # Graphs as modules
 
 
-@pytest.mark.parametrize("family", ["bert", "mpnet", "dht"])
+@pytest.mark.parametrize("family", [*FAMILIES, "dht"])
 @pytest.mark.parametrize("ffn", ["coupled", "dense"])
 def test_a_padded_plan_is_the_executors(family, ffn):
     model = dynamic_model(family, ffn=ffn)
     units = random_plan(1, seed=3).units[0]
     units[0], units[1] = torch.tensor([True, False, True, False, False]), True
-    rows = batch()
+    rows = batch(pad=model.config.pad_token_id or 0)
     del rows["labels"]
     with torch.no_grad():
         got = PlanGraph(model.encoder, units)(**rows)
@@ -84,17 +87,20 @@ def test_a_narrow_graph_holds_the_chosen_units_alone():
 # Dense
 
 
-def test_the_dense_classifier_is_plain_transformers(encoder, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_dense_classifier_is_plain_transformers(family, encoder, tmp_path):  # noqa: F811
     """A converted classifier keeps its head, which plain transformers then has again."""
     tokenizer = AutoTokenizer.from_pretrained(encoder)
-    model = convert(plain_model("bert", vocab_size=len(tokenizer)), budget=0.5)
+    model = convert(plain_model(family, vocab_size=len(tokenizer)), budget=0.5).eval()
     save_run(tmp_path / "run", model, tokenizer, {})
     report = export(tmp_path / "run", "transformers", tmp_path / "dense")
     assert report["head"]
     assert report["max_difference"] < 1e-4
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense")
-    assert plain.config.model_type == "bert"
-    rows = AutoTokenizer.from_pretrained(tmp_path / "dense")(TEXTS, padding=True, return_tensors="pt")
+    assert plain.config.model_type == family
+    rows = AutoTokenizer.from_pretrained(tmp_path / "dense")(
+        TEXTS, padding=True, truncation=True, max_length=32, return_tensors="pt"
+    )
     with torch.no_grad():
         expected = model(**rows, policy=DensePolicy(5)).logits
         torch.testing.assert_close(plain(**rows).logits, expected, atol=1e-4, rtol=1e-4)
@@ -156,6 +162,24 @@ def test_a_graph_that_disagrees_is_not_written(finished, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_graph_that_cannot_be_traced_or_run_is_one_line(tmp_path, monkeypatch):
+    class Counted(torch.nn.Module):
+        def forward(self, numbers):
+            return numbers * int(numbers.sum())
+
+    numbers = {"numbers": torch.ones(2, 3)}
+    with pytest.raises(DHTError, match=r"export to ONNX: torch .* cannot trace the model \(.*\); report this with the"):
+        write_onnx(Counted(), numbers, ["out"], tmp_path / "x.onnx")
+
+    class Refusing:
+        def run(self, *_):
+            raise RuntimeError("bad node\nmore")
+
+    model = dynamic_model()
+    with pytest.raises(DHTError, match=r"export to ONNX: onnxruntime cannot run the graph \(bad node\)$"):
+        static._difference(model, static.plan_of(model, "1x1"), Refusing(), chain.sample_rows(model, False, 2, 4))
+
+
 # The policy as a chain
 
 
@@ -207,7 +231,7 @@ def in_torch(monkeypatch):
     monkeypatch.setattr(ChainRunner, "_session", lambda self, name: InTorch(modules[name]))
 
 
-@pytest.mark.parametrize("family", ["bert", "mpnet", "dht"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "dht"])
 @pytest.mark.parametrize("search", ["tree", "integrated"])
 def test_chains_decide_as_the_policy_does(family, search, tmp_path, minilm_path, in_torch):
     """Random rewards and random head sets: every arm is taken by some row."""
@@ -215,26 +239,29 @@ def test_chains_decide_as_the_policy_does(family, search, tmp_path, minilm_path,
     generator = torch.Generator().manual_seed(1)
     policy = model.policy
     with torch.no_grad():
-        moment = policy.numbers.moment
-        scale = 1000 if search == "tree" else 1  # tree starts from a prior that is worth thousands of rows
-        moment.copy_(scale * torch.randn(moment.shape, generator=generator, dtype=torch.float64))
-        policy.numbers.invalidate()
         sets = torch.stack([torch.randperm(5, generator=generator) < width for width in policy.widths])
         policy.head_sets.copy_(sets[None, :, None].expand_as(policy.head_sets))
-    policy.set_budget(0.5)
     types = family == "bert"
     report = chain.export_chain(model, AutoTokenizer.from_pretrained(minilm_path), types, 32, tmp_path / "c")
     assert report["rows_alike"] == report["rows_checked"]
     assert report["graphs"] == 1 + 3 + 3 + 1
-    runner = ChainRunner(tmp_path / "c")
     rows = chain.sample_rows(model, types, 64, 20)
-    with torch.no_grad():
-        trace = model(**rows).trace
-    result = runner.run(arrays(rows))
-    assert (result.heads == trace.units.sum(-1).numpy()).all()
-    assert (result.layers == trace.layers.numpy()).all()
-    np.testing.assert_allclose(result.logits, trace.logits.numpy(), atol=1e-4)
-    assert len(np.unique(result.heads)) > 2
+    met, moment = set(), policy.numbers.moment
+    for _ in range(8):
+        with torch.no_grad():
+            moment.copy_(300 * torch.randn(moment.shape, generator=generator, dtype=torch.float64))
+            policy.numbers.invalidate()
+            policy.price.fill_(torch.rand((), generator=generator))
+            trace = model(**rows).trace
+        save_file(chain._policy_arrays(policy), tmp_path / "c" / POLICY_FILE)
+        runner = ChainRunner(tmp_path / "c")
+        runner.price = float(policy.price)
+        result = runner.run(arrays(rows))
+        assert (result.heads == trace.units.sum(-1).numpy()).all()
+        assert (result.layers == trace.layers.numpy()).all()
+        np.testing.assert_allclose(result.logits, trace.logits.numpy(), atol=1e-4)
+        met |= set(map(tuple, result.heads.tolist()))
+    assert len(met) > 4, "plans of many shapes were taken"
     alone = runner.run({name: part[5:6] for name, part in arrays(rows).items()})
     np.testing.assert_allclose(alone.logits[0], result.logits[5], atol=1e-4)
     empty = {name: np.zeros_like(part) for name, part in arrays(rows).items()}

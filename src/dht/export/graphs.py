@@ -46,6 +46,10 @@ class Padded(Packed):
         """Bool [B, 1, 1, T], True at real tokens."""
         return self.attention_mask.bool()[:, None, None, :]
 
+    def near(self, window: int) -> Tensor:
+        places = torch.arange(self.max_length, device=self.hidden.device)
+        return ((places[:, None] - places).abs() <= window) & self.mask | ~self.mask.mT
+
     def first(self) -> Tensor:
         place = self.attention_mask.int().argmax(-1)
         return self.states.take_along_dim(place[:, None, None], 1)[:, 0]
@@ -80,15 +84,16 @@ class EmbeddingsGraph(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """[B, T, D] of `input_ids`, `attention_mask` and `token_type_ids`, int64 [B, T] each."""
         emb = self.embeddings
-        if emb.position_offset:
-            place = (attention_mask.cumsum(-1) - 1).clamp_min(0) + emb.position_offset
-        else:
+        hidden: Tensor = emb.words(input_ids)
+        if emb.positions is not None:
             place = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        hidden = emb.words(input_ids) + emb.positions(place)
+            if emb.position_offset:
+                place = (attention_mask.cumsum(-1) - 1).clamp_min(0) + emb.position_offset
+            hidden = hidden + emb.positions(place)
         if emb.types is not None:
             hidden = hidden + (emb.types.weight[0] if token_type_ids is None else emb.types(token_type_ids))
-        normed: Tensor = emb.norm(hidden)
-        return normed
+        hidden = emb.norm(hidden)
+        return hidden if emb.project is None else emb.project(hidden)
 
 
 class LayerGraph(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._extras import optional
+from ..errors import DHTError
 from ..hf.modeling import DHTForSequenceClassification
 
 TOLERANCE = 1e-3
@@ -30,6 +31,7 @@ def write_onnx(module: nn.Module, inputs: dict[str, Tensor], outputs: list[str],
 
     Raises:
         MissingExtraError: onnx or onnxscript is not installed.
+        DHTError: the exporter of torch cannot trace the module.
     """
     for package in ("onnx", "onnxscript"):
         optional(package, "onnx", "export to ONNX")
@@ -51,6 +53,13 @@ def write_onnx(module: nn.Module, inputs: dict[str, Tensor], outputs: list[str],
                 output_names=outputs,
                 dynamic_shapes=tuple({0: batch, 1: tokens} for _ in inputs),
             )
+        except OSError:  # a full disk and the like: whoever writes says so
+            raise
+        except Exception as error:  # of torch.export, onnxscript and onnx: any class
+            raise DHTError(
+                f"export to ONNX: torch {torch.__version__} cannot trace the model ({first_line(error)}); report this with "
+                "the versions that dht doctor prints"
+            ) from error
         finally:
             logging.disable(before)
     assert program is not None
@@ -79,11 +88,18 @@ def sample_rows(model: DHTForSequenceClassification, types: bool, rows: int, lon
     lengths[0] = longest
     mask = (torch.arange(longest) < lengths[:, None]).long()
     ids = torch.randint(0, model.config.vocab_size, (rows, longest), generator=generator)
-    batch = {"input_ids": ids * mask + (model.config.pad_token_id or 0) * (1 - mask), "attention_mask": mask}
+    pad = model.config.pad_token_id or 0
+    ids[ids == pad] = pad + 1  # some families tell padding by the id
+    batch = {"input_ids": torch.where(mask.bool(), ids, pad), "attention_mask": mask}
     if types:
         starts = lengths // 2
         batch["token_type_ids"] = (torch.arange(longest) >= starts[:, None]).long() * mask
     return batch
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says first, or its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def latency_ms(run: Callable[[], Any], repeats: int = 9) -> float:

@@ -44,7 +44,7 @@ def export(
     if out.is_dir() and out.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise DHTError(f"--out: {out} holds the run itself; give another place")
     model, tokenizer = load_run(folder, "cpu")
-    types = "token_type_ids" in tokenizer.model_input_names and model.encoder.embeddings.types is not None
+    types = "token_type_ids" in tokenizer.model_input_names and model.config.type_vocab_size > 1
     report: dict[str, Any] = {"format": format, "out": str(out)}
     if format == "transformers":
         from .dense import export_dense

@@ -15,7 +15,7 @@ from ..errors import DHTError
 from ..hf.modeling import DHTForSequenceClassification
 from ..policy.baselines import StaticPolicy
 from .graphs import PlanGraph
-from .onnx_file import TOLERANCE, latency_ms, open_onnx, sample_rows, write_onnx
+from .onnx_file import TOLERANCE, first_line, latency_ms, open_onnx, sample_rows, write_onnx
 
 CHECKED_ROWS = 32
 
@@ -90,7 +90,10 @@ def _difference(
 ) -> float:
     with torch.inference_mode():
         expected = model(**rows, policy=plan).logits
-    (got,) = session.run(None, _arrays(rows))
+    try:
+        (got,) = session.run(None, _arrays(rows))
+    except Exception as error:  # onnxruntime has classes of its own
+        raise DHTError(f"export to ONNX: onnxruntime cannot run the graph ({first_line(error)})") from error
     return float((torch.from_numpy(got) - expected).abs().max())
 
 

@@ -136,7 +136,7 @@ class Block(nn.Module):
         source = self.ffn_norm(hidden) if self.pre_norm else hidden
         inner = F.linear(source, up_weight.flatten(0, -2), up_bias.flatten())
         if self.gated:
-            value, gate = inner.view(len(inner), *up_bias.shape).unbind(2)
+            value, gate = inner.unflatten(-1, up_bias.shape).unbind(2)
             inner = (self.activation(value) * gate).flatten(1)
         else:
             inner = self.activation(inner)
