@@ -9,9 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from dht.cli import app
-from dht.export.run import export
 from test_sklearn import THINGS, X, Y
-from test_train import encoder, finished, sentences, settings  # noqa: F401
+from test_train import encoder  # noqa: F401
 
 PAGE = (Path(__file__).parents[1] / "docs" / "data-and-export.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
@@ -42,11 +41,3 @@ def test_sklearn_block(encoder, tmp_path, monkeypatch):  # noqa: F811
     exec(BLOCKS[1].replace('"minilm"', repr(str(encoder))), known)
     assert len(known["layers"]) == len(X) == 10 * len(THINGS)
     assert (tmp_path / "runs" / "classifier" / "config.json").is_file()
-
-
-def test_chain_block(finished, tmp_path, monkeypatch, capsys):  # noqa: F811
-    pytest.importorskip("onnxscript")
-    export(finished[0], "onnx-chain", tmp_path / "chain")
-    monkeypatch.chdir(tmp_path)
-    exec(BLOCKS[2], {})
-    assert len(capsys.readouterr().out.splitlines()) == 2

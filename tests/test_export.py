@@ -30,6 +30,7 @@ from dht.plan import Plan
 from dht.policy.baselines import DensePolicy, FixedPlan
 from dht.predict import predict
 from dht.train import save_run
+from test_docs import BLOCKS
 from test_train import encoder, finished, sentences, settings  # noqa: F401
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -163,13 +164,14 @@ def test_a_graph_that_disagrees_is_not_written(finished, tmp_path, monkeypatch):
 
 
 def test_a_graph_that_cannot_be_traced_or_run_is_one_line(tmp_path, monkeypatch):
-    class Counted(torch.nn.Module):
-        def forward(self, numbers):
-            return numbers * int(numbers.sum())
+    def fail(*_, **__):
+        raise RuntimeError("no such operator\nmore")
 
-    numbers = {"numbers": torch.ones(2, 3)}
-    with pytest.raises(DHTError, match=r"export to ONNX: torch .* cannot trace the model \(.*\); report this with the"):
-        write_onnx(Counted(), numbers, ["out"], tmp_path / "x.onnx")
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(
+        DHTError, match=r"torch .* cannot trace the model \(no such operator\); report this with the ver"
+    ):
+        write_onnx(torch.nn.Identity(), {"states": torch.ones(2, 3)}, ["out"], tmp_path / "x.onnx")
 
     class Refusing:
         def run(self, *_):
@@ -291,6 +293,12 @@ def test_broken_chains_are_refused(exported, tmp_path):
     (copy / "chain.json").write_text(json.dumps(facts | {"version": 99}))
     with pytest.raises(CheckpointError, match=r"chain.json: version 99, this dht reads up to 1"):
         ChainRunner(copy)
+
+
+def test_the_chain_of_the_docs_runs(exported, monkeypatch, capsys):
+    monkeypatch.chdir(exported[0].parent)
+    exec(next(block for block in BLOCKS if "ChainRunner" in block), {})
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_serving_a_chain_needs_no_torch(exported):

@@ -57,8 +57,8 @@ def write_onnx(module: nn.Module, inputs: dict[str, Tensor], outputs: list[str],
             raise
         except Exception as error:  # of torch.export, onnxscript and onnx: any class
             raise DHTError(
-                f"export to ONNX: torch {torch.__version__} cannot trace the model ({first_line(error)}); report this with "
-                "the versions that dht doctor prints"
+                f"export to ONNX: torch {torch.__version__} cannot trace the model ({first_line(error)}); report this "
+                "with the versions that dht doctor prints"
             ) from error
         finally:
             logging.disable(before)
