@@ -197,7 +197,7 @@ class Block(nn.Module):
         if not self.gated:
             return activated(source, weight, bias, self._activation, self.activation)
         both = linear(source, weight, bias)
-        value, gate = both.view(len(both), -1, 2, self.up_weight.shape[2]).unbind(2)
+        value, gate = both.unflatten(-1, (-1, 2, self.up_weight.shape[2])).unbind(2)
         inner: Tensor = self.activation(value) * gate
         return inner.flatten(1)
 
@@ -272,7 +272,7 @@ class Block(nn.Module):
         """The weights as they are or, without gradients, as autocast wants them; casts last until a weight changes."""
         stored: tuple[Tensor, ...]
         stored = (self.qkv_weight, self.qkv_bias, self.out_weight, self.up_weight, self.up_bias, self.down_weight)
-        if torch.is_grad_enabled():
+        if _keeps_nothing():
             return stored
         version = (_STEPS[0], *(x for weight in stored for x in (weight.data_ptr(), _version(weight))))
         if self._kept_for != version:
@@ -313,7 +313,7 @@ class _Slices:
         if units is None or place >= self.owned:
             return _flat(weight, place)
         index = _index(units, weight.device)
-        if torch.is_grad_enabled():
+        if _keeps_nothing():
             return _flat(weight.index_select(0, index), place)
         if not self.lasting:
             return _flat(_SCRATCH.take(weight, index, place), place)
@@ -323,6 +323,11 @@ class _Slices:
                 self.kept.pop(next(iter(self.kept)))
             self.kept[key] = _flat(weight.index_select(0, index), place)
         return self.kept[key]
+
+
+def _keeps_nothing() -> bool:
+    """True where slices belong to a graph: of gradients, of a compiler, of an export."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 @lru_cache(maxsize=4096)
