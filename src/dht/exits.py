@@ -19,7 +19,7 @@ from .model.encoder import QUERY_SCALE, Encoder, ExitHead, Stack
 from .model.packed import Packed
 
 RIDGE = 0.1
-"""Penalty on query and weights, each in units of its features' spread; .03 to .3 read the same (docs/experiments.md)."""
+"""Penalty on query and weights in units of their features' spread; .03 to .3 read the same (docs/experiments.md)."""
 STEPS = 25
 """Of L-BFGS; more lead nowhere."""
 CLIP = 2.0

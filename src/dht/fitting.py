@@ -1,8 +1,8 @@
 """`dht.fit`: a budget dial for a classifier that is already fine-tuned. Its weights stay as they are, bit for bit.
 
-Every layer gets an exit head and the policy its posteriors, from a few hundred texts and the full model's own answers to
-them. Labels are only needed to say what the dial costs in accuracy. Rewards on fitted rows lie, so the policy is paid,
-and its prices are measured, with exits that were fitted without the row at hand (cross-fitting).
+Every layer gets an exit head and the policy its posteriors, from a few hundred texts and the full model's own answers
+to them. Labels only tell what the dial costs in accuracy. Rewards on fitted rows lie, so the policy is paid, and its
+prices are measured, with exits that were fitted without the row at hand (cross-fitting).
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import copy
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .curve import keep_curve
@@ -62,7 +63,9 @@ class Fit:
                 parts.append(run_policy(self.model, batches, policy))
         return Outcome(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Outcome)))
 
-    def dial(self, budgets: Sequence[float] = BUDGETS, run: Run | None = None) -> list[dict[str, Any]]:
+    def dial(
+        self, budgets: Sequence[float] = BUDGETS, run: Run | None = None, labelled: bool | None = None
+    ) -> list[dict[str, Any]]:
         """One dict a budget: `figures` of the learned policy, and under `confidence` those of the threshold rival.
 
         Both run on the same exits, with the price and the threshold at which the cross-fitted fit rows meet the budget.
@@ -70,32 +73,37 @@ class Fit:
         Args:
             budgets: fractions of dense FLOPs in (0, 1].
             run: on which rows; None = the fit rows, cross-fitted.
+            labelled: whether those rows have labels; None = if the fit rows have.
         """
         model, run = self.model, run or self.run
         heads = model.config.num_attention_heads
         sets = torch.ones(model.config.num_hidden_layers, heads, dtype=torch.bool, device=model.device)
         flat = [batch for fold in self.folds for batch in fold]
         known, full = self.run(ConfidencePolicy(sets, 2.0)), run(DensePolicy(heads))
+        labelled = self.labelled if labelled is None else labelled
         points = []
         for budget in budgets:
             model.policy.set_budget(check_budget(budget))
             rule = match_exits("confidence", model, sets, budget, flat, outcome=known).policy
-            rival = self.figures(run(rule), full)
-            points.append({"budget": budget} | self.figures(run(None), full) | {"confidence": rival})
+            rival = figures(run(rule), full, labelled)
+            points.append({"budget": budget} | figures(run(None), full, labelled) | {"confidence": rival})
         model.policy.set_budget(model.config.budget)
         return points
-
-    def figures(self, outcome: Outcome, full: Outcome) -> dict[str, float]:
-        """flops_fraction, mean_layers, agreement with the full model on the same rows; with labels also accuracy."""
-        agreement = float((outcome.predictions == full.predictions).double().mean())
-        layers = float(outcome.layers.double().mean())
-        found = {"flops_fraction": outcome.flops_fraction, "mean_layers": layers, "agreement": agreement}
-        return found | ({"accuracy": outcome.accuracy} if self.labelled else {})
 
     @property
     def lowest(self) -> float:
         """The smallest fraction that any budget can reach: every row leaves at the first exit."""
         return float(self.model.policy.curve_fraction.min())
+
+
+def figures(outcome: Outcome, full: Outcome, labelled: bool) -> dict[str, float]:
+    """flops_fraction, mean_layers, agreement with the full model on the same rows; with labels also accuracy."""
+    found = {
+        "flops_fraction": outcome.flops_fraction,
+        "mean_layers": float(outcome.layers.double().mean()),
+        "agreement": float((outcome.predictions == full.predictions).double().mean()),
+    }
+    return found | ({"accuracy": outcome.accuracy} if labelled else {})
 
 
 def fit(
@@ -133,7 +141,7 @@ def fit(
     check_budget(budget)
     dynamic = _depth_only(model, budget, seed)
     classes = _indices(texts, labels, dynamic.config.label_names)
-    dynamic = dynamic.to(device or model.device).eval()
+    cast(nn.Module, dynamic).to(device or model.device).eval()
     rows = tokenise(tokenizer, Split(list(texts), classes), max_length)
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     folds = [by_length(tokenizer, [rows[i] for i in order[k::FOLDS]], batch_size)[0] for k in range(FOLDS)]
@@ -185,9 +193,10 @@ def _depth_only(model: PreTrainedModel, budget: float, seed: int) -> DHTForSeque
             " from this encoder with dht train"
         )
     task = getattr(config, "problem_type", None) or "single_label_classification"
-    if task != "single_label_classification" or config.num_labels < 2:
+    outputs = int(config.num_labels or 0)
+    if task != "single_label_classification" or outputs < 2:
         raise DHTError(
-            f"model: a dial is fitted to classifiers with one label a text; this one has {config.num_labels} output(s)"
+            f"model: a dial is fitted to classifiers with one label a text; this one has {outputs} output(s)"
             f" and problem_type {task!r}"
         )
     settings: dict[str, Any] = {
