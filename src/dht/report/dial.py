@@ -8,7 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from .table import decimal, dense_shape, percent
+from .table import percent
 
 
 def dial_table(report: Mapping[str, Any]) -> Table:
@@ -18,24 +18,22 @@ def dial_table(report: Mapping[str, Any]) -> Table:
         report: what `dht fit` writes.
 
     Returns:
-        A table of FLOPs, layers, accuracy and agreement with the full model as measured, FLOPs and agreement as
+        A table of FLOPs, accuracy and agreement with the full model as measured, FLOPs and agreement as
         expected from the fit rows, and FLOPs and accuracy (without labels agreement) of the threshold rival.
     """
     key = "agreement" if report.get("accuracy") is None else "accuracy"
     title = f"{report['num_examples']} texts ({report['split']}), fitted on {report['fit_rows']}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    columns = ("budget", "FLOPs", "layers", "accuracy", "as dense")
-    for header in (*columns, "expected\nFLOPs", "expected\nas dense", "threshold\nFLOPs", f"threshold\n{key}"):
+    columns = ("budget", "FLOPs", "accuracy", "as\ndense", "expected\nFLOPs", "expected\nas dense")
+    for header in (*columns, "threshold\nFLOPs", f"threshold\n{key}"):
         table.add_column(header, justify="right", no_wrap=True)
-    layers = dense_shape(report).get("mean_layers")
-    table.add_row("dense", percent(1.0), decimal(layers), percent(report.get("dense_accuracy")), percent(1.0))
+    table.add_row("dense", percent(1.0), percent(report.get("dense_accuracy")), percent(1.0))
     for point in report["dial"]:
         measured, expected = point["measured"], point["expected"]
         rival = measured["confidence"]
         table.add_row(
             f"{measured['budget']:g}",
             percent(measured["flops_fraction"]),
-            decimal(measured["mean_layers"]),
             percent(measured.get("accuracy")),
             percent(measured["agreement"]),
             percent(expected["flops_fraction"]),
