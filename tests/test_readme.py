@@ -26,7 +26,7 @@ def test_numbers_are_those_of_the_committed_results():
 
 def test_commands_and_options_exist():
     calls = re.findall(r"^(?:echo .* \| )?dht (\w+) ([^#\n]*)", README, flags=re.MULTILINE)
-    assert {name for name, _ in calls} == {"train", "evaluate", "predict", "compare"}
+    assert {name for name, _ in calls} == {"train", "fit", "evaluate", "predict", "compare"}
     for name, rest in calls:
         shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output
         for option in re.findall(r"--[a-z-]+", rest):

@@ -148,6 +148,47 @@ def train(
 
 
 @app.command()
+def fit(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Fine-tuned classifier: a folder, a Hub id, or a finished run.")
+    ],
+    data: Annotated[
+        str, typer.Option(help="As for train; with --unlabelled also a file with a text or JSON object a line.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder that the run is written to.")] = Path("runs/fit"),
+    split: Annotated[str, typer.Option(help="Split to fit on; better not the one that MODEL was trained on.")] = (
+        "validation"
+    ),
+    rows: Annotated[int, typer.Option(help="Texts to fit on, drawn by the seed; 0 = all.")] = 500,
+    unlabelled: Annotated[
+        bool, typer.Option("--unlabelled", help="Leave the labels of the fit rows unread; nothing is fitted to them.")
+    ] = False,
+    budget: Annotated[float, typer.Option(help="FLOPs to serve at until told otherwise, in (0, 1].")] = 0.5,
+    max_length: MaxLength = 128,
+    batch_size: BatchSize = 32,
+    seed: Annotated[int, typer.Option(help="Seed of the rows and the folds.")] = 0,
+    device: Device = "auto",
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    overwrite: Overwrite = False,
+) -> None:
+    """Give a fine-tuned classifier a budget dial, its weights untouched: accuracy against budget, reported."""
+    from rich.console import Console
+
+    from .dial import FitSettings, fit_run
+    from .report.dial import dial_table
+
+    settings = FitSettings(
+        model=model, data=data, out=out, split=split, rows=rows, unlabelled=unlabelled, budget=budget,
+        max_length=max_length, batch_size=batch_size, seed=seed, device=device, text_column=text_column,
+        label_column=label_column,
+    )  # fmt: skip
+    report = fit_run(settings, overwrite=overwrite, say=_say)
+    Console().print(dial_table(report))
+    _say(f"no budget goes below {report['lowest_fraction']:.2f} (one layer and its exit); serves {budget:g}: {out}")
+
+
+@app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished dht train.")],
     data: Annotated[

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hub_logging
 
 from . import assets
@@ -78,6 +78,28 @@ def build(
     model.config.id2label = dict(enumerate(label_names))
     model.config.label2id = {name: i for i, name in enumerate(label_names)}
     return model, tokenizer
+
+
+def load_classifier(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A fine-tuned sequence classifier and its tokenizer: a plain one (folder or Hub id), or a finished run's.
+
+    Raises:
+        DHTError: it cannot be found or loaded, or has no classification head.
+    """
+    path = model_folder(name)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise DHTError(f"model: cannot load {name!r}: {str(error).splitlines()[0]}") from error
+    if config.model_type == DHTConfig.model_type:
+        return load_run(path, "cpu")
+    classes = config.architectures or []
+    if not any("SequenceClassification" in found for found in classes):
+        raise DHTError(
+            f"model: {name!r} ({', '.join(classes) or 'of no known class'}) has no sequence classification head to"
+            f" keep; fine-tune one first, or train a dynamic model from this encoder: dht train --model {name}"
+        )
+    return load_source(path, config.num_labels), _tokenizer(path)
 
 
 def model_folder(name: str) -> str:
