@@ -23,7 +23,7 @@ app = typer.Typer(
 Data = Annotated[
     str,
     typer.Option(
-        help="Embedded name (vader), a folder with train|validation|test files, or a Hugging Face data set id."
+        help="Embedded name (vader), a folder with train|validation|test files or a saved data set, or a Hub id."
     ),
 ]
 Model = Annotated[
@@ -31,8 +31,10 @@ Model = Annotated[
     typer.Option(help="Embedded name (minilm, mpnet), a folder, a Hub id, or preset:tiny|preset:small (from scratch)."),
 ]
 Budget = Annotated[float, typer.Option(help="Mean FLOPs at inference as a fraction of the dense model's, in (0, 1].")]
-TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
-LabelColumn = Annotated[str, typer.Option(help="Column that holds the label.")]
+TextColumn = Annotated[
+    str | None, typer.Option(help="Column of the text; two with a comma for sentence pairs. Default: inferred, said.")
+]
+LabelColumn = Annotated[str | None, typer.Option(help="Column of the label. Default: inferred, said.")]
 BatchSize = Annotated[int, typer.Option(help="Rows per batch.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens that a text is cut to.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -108,8 +110,11 @@ def train(
         float, typer.Option(help="Share of the steps after which the training budget is the budget.")
     ] = 0.35,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0 = once an epoch.")] = 0,
-    text_column: TextColumn = "text",
-    label_column: LabelColumn = "label",
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    class_weights: Annotated[
+        str, typer.Option(help="none, or balanced: every class counts alike in the loss, however rare it is.")
+    ] = "none",
     dense: Annotated[bool, typer.Option("--dense", help="Train the plain full model instead: the reference.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint in --out.")] = False,
     overwrite: Overwrite = False,
@@ -124,10 +129,10 @@ def train(
         data=data, model=model, out=out, budget=budget, search=search, ffn=ffn, epochs=epochs, seed=seed,
         batch_size=batch_size, lr=lr, max_length=max_length, device=device, dtype=dtype, accumulate=accumulate,
         warm_start=warm_start, settle=settle, save_every=save_every, text_column=text_column,
-        label_column=label_column, dense=dense,
+        label_column=label_column, class_weights=class_weights, dense=dense,
     )  # fmt: skip
     settings.check()
-    from .train import complete_checkpoints
+    from .checkpoints import complete_checkpoints
     from .train import train as run
 
     try:
@@ -141,6 +146,47 @@ def train(
         raise typer.Exit(130) from None
     if report:  # only the first rank has one
         print_report(report, Console())
+
+
+@app.command()
+def fit(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Fine-tuned classifier: a folder, a Hub id, or a finished run.")
+    ],
+    data: Annotated[
+        str, typer.Option(help="As for train; with --unlabelled also a file with a text or JSON object a line.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder that the run is written to.")] = Path("runs/fit"),
+    split: Annotated[str, typer.Option(help="Split to fit on; better not the one that MODEL was trained on.")] = (
+        "validation"
+    ),
+    rows: Annotated[int, typer.Option(help="Texts to fit on, drawn by the seed; 0 = all.")] = 500,
+    unlabelled: Annotated[
+        bool, typer.Option("--unlabelled", help="Leave the labels of the fit rows unread; nothing is fitted to them.")
+    ] = False,
+    budget: Annotated[float, typer.Option(help="FLOPs to serve at until told otherwise, in (0, 1].")] = 0.5,
+    max_length: MaxLength = 128,
+    batch_size: BatchSize = 32,
+    seed: Annotated[int, typer.Option(help="Seed of the rows and the folds.")] = 0,
+    device: Device = "auto",
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    overwrite: Overwrite = False,
+) -> None:
+    """Give a fine-tuned classifier a budget dial, its weights untouched: accuracy against budget, reported."""
+    from rich.console import Console
+
+    from .dial import FitSettings, fit_run
+    from .report.dial import dial_table
+
+    settings = FitSettings(
+        model=model, data=data, out=out, split=split, rows=rows, unlabelled=unlabelled, budget=budget,
+        max_length=max_length, batch_size=batch_size, seed=seed, device=device, text_column=text_column,
+        label_column=label_column,
+    )  # fmt: skip
+    report = fit_run(settings, overwrite=overwrite, say=_say)
+    Console().print(dial_table(report))
+    _say(f"no budget goes below {report['lowest_fraction']:.2f} (one layer and its exit); serves {budget:g}: {out}")
 
 
 @app.command()
@@ -162,8 +208,8 @@ def evaluate(
     max_length: MaxLength = 128,
     device: Device = "auto",
     dtype: Dtype = "float32",
-    text_column: TextColumn = "text",
-    label_column: LabelColumn = "label",
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
     seed: Seed = 0,
 ) -> None:
     """Measure accuracy, FLOPs and seconds of a policy on a split, against the dense model."""
@@ -225,8 +271,8 @@ def bench(
         Path | None, typer.Option(help="Measure how cost grows instead, and draw the picture here (.svg).")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the full result here.")] = None,
-    text_column: TextColumn = "text",
-    label_column: LabelColumn = "label",
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
     seed: Seed = 0,
 ) -> None:
     """Measure what saved FLOPs are worth in seconds: a table, and one line of JSON on stdout."""
@@ -277,7 +323,7 @@ def predict(
     batch_size: BatchSize = 32,
     max_length: MaxLength = 128,
     device: Device = "auto",
-    text_column: TextColumn = "text",
+    text_column: TextColumn = None,
 ) -> None:
     """Classify texts: one JSON object a line, with the layers and heads that each one took."""
     from .data import read_texts
@@ -293,6 +339,54 @@ def predict(
     ):
         sys.stdout.write(to_line(row) + "\n")
         sys.stdout.flush()
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished dht train.")],
+    out: Annotated[Path, typer.Option(help="File (onnx) or folder (transformers, onnx-chain) to write.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="transformers: the dense model in its own family. onnx: a fixed plan in one graph. onnx-chain: the "
+            "policy with a graph a layer, for dht.onnx.ChainRunner."
+        ),
+    ] = "transformers",
+    plan: Annotated[
+        str | None,
+        typer.Option(help="Of onnx: LxK (layers, head units), or a budget. Default: the budget trained for."),
+    ] = None,
+    max_length: MaxLength = 128,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Write a trained run for another runtime, after a check that it answers alike."""
+    import json as encoder
+
+    from .export.run import export as run
+    from .export.run import told
+
+    report = run(folder, format, out, plan=plan, max_length=max_length, overwrite=overwrite)
+    _say(told(report))
+    typer.echo(encoder.dumps(report))
+
+
+@app.command()
+def doctor(
+    dtype: Annotated[str, typer.Option(help="Precision that you mean to use: float32 or bfloat16.")] = "float32",
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Print versions, devices, threads and the cache, and warn of what will make dht slow."""
+    from .doctor import examine, print_findings
+
+    found = examine(dtype)
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps(found))
+    else:
+        from rich.console import Console
+
+        print_findings(found, Console())
 
 
 @app.command()
@@ -321,8 +415,8 @@ def compare(
     timed_batches: Annotated[int, typer.Option(help="Batches of the test split that are timed.")] = 12,
     repeats: Annotated[int, typer.Option(help="Timed runs of each of them; the median counts.")] = 5,
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep weights that no cell needs.")] = False,
-    text_column: TextColumn = "text",
-    label_column: LabelColumn = "label",
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
 ) -> None:
     """Run every rival on the same splits and seeds, and say which claims hold, tie or fail."""
     import json as encoder

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, shown
 
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -17,7 +19,7 @@ class TrainSettings:
     """Settings of `dht train`.
 
     Args:
-        data: embedded name, folder or Hugging Face data set id.
+        data: embedded name, folder or Hugging Face data set id; what it is called, where the data is given as such.
         model: embedded name, folder or Hub id of an encoder (`dht.hf.families`), or a preset (`preset:small`).
         out: folder that the run is written to.
         budget: target mean FLOPs at inference as a fraction of the dense model's, in (0, 1].
@@ -29,7 +31,8 @@ class TrainSettings:
         warm_start, settle: training's budget starts at `warm_start` and has come down to `budget` after the share
             `settle` of all steps.
         save_every: checkpoint every so many steps; 0 = once an epoch.
-        text_column, label_column: names in the data.
+        text_column, label_column: names in the data, as for `load_data`; None = inferred.
+        class_weights: "none", or "balanced": in the loss a row counts n / (C n_c), with n_c rows of its class of n.
         dense: train the plain full model instead (one exit, no policy), the reference to compare with.
     """
 
@@ -50,32 +53,42 @@ class TrainSettings:
     warm_start: float = 0.4
     settle: float = 0.35
     save_every: int = 0
-    text_column: str = "text"
-    label_column: str = "label"
+    text_column: str | None = None
+    label_column: str | None = None
+    class_weights: str = "none"
     dense: bool = False
 
     def check(self) -> None:
         """Raises `ConfigError` with every problem."""
         problems = []
 
-        def need(ok: bool, option: str, allowed: str) -> None:
-            if not ok:
-                problems.append(f"--{option.replace('_', '-')}: got {getattr(self, option)!r}, allowed: {allowed}")
+        def need(ok: Callable[[Any], bool], option: str, allowed: str) -> None:
+            got = getattr(self, option)
+            try:
+                fits = ok(got) and not isinstance(got, bool)
+            except (TypeError, OverflowError):
+                fits = False
+            if not fits:
+                problems.append(f"--{option.replace('_', '-')}: got {shown(got)}, allowed: {allowed}")
 
-        need(0.0 < self.budget <= 1.0, "budget", "a number in (0, 1]")
-        need(self.search in ("tree", "integrated"), "search", "tree, integrated")
-        need(self.ffn in ("coupled", "dense"), "ffn", "coupled, dense")
-        need(self.epochs > 0, "epochs", "a number above 0")
-        need(self.batch_size >= 1, "batch_size", "1 or more")
-        need(self.accumulate >= 1, "accumulate", "1 or more")
-        need(self.lr > 0, "lr", "a number above 0")
-        need(self.max_length >= 3, "max_length", "3 or more")
-        need(self.device in DEVICES, "device", ", ".join(DEVICES))
-        need(self.dtype in DTYPES, "dtype", ", ".join(DTYPES))
-        need(0.0 < self.warm_start <= 1.0, "warm_start", "a number in (0, 1]")
-        need(0.0 <= self.settle <= 1.0, "settle", "a number in [0, 1]")
-        need(self.save_every >= 0, "save_every", "0 or more")
-        need(0 <= self.seed < 2**32, "seed", "0 to 2^32 - 1")
+        def whole(least: int, most: int = 2**31) -> Callable[[Any], bool]:
+            return lambda value: isinstance(value, int) and least <= value <= most
+
+        need(lambda b: 0.0 < b <= 1.0, "budget", "a number in (0, 1]")
+        need(lambda name: name in ("tree", "integrated"), "search", "tree, integrated")
+        need(lambda name: name in ("coupled", "dense"), "ffn", "coupled, dense")
+        need(lambda n: 0 < n < math.inf, "epochs", "a number above 0")
+        need(whole(1), "batch_size", "1 or more")
+        need(whole(1), "accumulate", "1 or more")
+        need(lambda rate: 0 < rate < math.inf, "lr", "a number above 0")
+        need(whole(3), "max_length", "3 or more")
+        need(lambda name: name in ("none", "balanced"), "class_weights", "none, balanced")
+        need(lambda name: name in DEVICES, "device", ", ".join(DEVICES))
+        need(lambda name: name in DTYPES, "dtype", ", ".join(DTYPES))
+        need(lambda b: 0.0 < b <= 1.0, "warm_start", "a number in (0, 1]")
+        need(lambda share: 0.0 <= share <= 1.0, "settle", "a number in [0, 1]")
+        need(whole(0), "save_every", "0 or more")
+        need(whole(0, 2**32 - 1), "seed", "0 to 2^32 - 1")
         if problems:
             raise ConfigError(problems)
 

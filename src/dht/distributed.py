@@ -1,4 +1,4 @@
-"""Ranks of a distributed run: sums over all of them, one policy for all of them, and equal numbers of block calls.
+"""Ranks of a distributed run: sums over all of them and one policy for all of them.
 
 Without a process group every function leaves its argument as it is.
 """
@@ -49,17 +49,6 @@ def total(values: Tensor) -> Tensor:
         values = values.clone()
         dist.all_reduce(values)
     return values
-
-
-def most(count: int) -> int:
-    """The largest `count` of all ranks."""
-    if ranks() == 1:
-        return count
-    largest = torch.tensor(count)
-    if dist.get_backend() == "nccl":
-        largest = largest.cuda()
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest)
 
 
 def merge_policy(policy: LearnedPolicy, base: dict[str, Tensor]) -> None:

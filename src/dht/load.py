@@ -6,12 +6,11 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hub_logging
 
 from . import assets
@@ -21,6 +20,7 @@ from .errors import CheckpointError, ConfigError, DHTError
 from .hf.configuration import FORMAT_VERSION, DHTConfig
 from .hf.convert import convert, load_source
 from .hf.modeling import DHTForSequenceClassification
+from .manifest import verify
 
 PRESETS: dict[str, dict[str, Any]] = {
     "preset:tiny": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512},
@@ -80,6 +80,28 @@ def build(
     return model, tokenizer
 
 
+def load_classifier(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A fine-tuned sequence classifier and its tokenizer: a plain one (folder or Hub id), or a finished run's.
+
+    Raises:
+        DHTError: it cannot be found or loaded, or has no classification head.
+    """
+    path = model_folder(name)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise DHTError(f"model: cannot load {name!r}: {str(error).splitlines()[0]}") from error
+    if config.model_type == DHTConfig.model_type:
+        return load_run(path, "cpu")
+    classes = config.architectures or []
+    if not any("SequenceClassification" in found for found in classes):
+        raise DHTError(
+            f"model: {name!r} ({', '.join(classes) or 'of no known class'}) has no sequence classification head to"
+            f" keep; fine-tune one first, or train a dynamic model from this encoder: dht train --model {name}"
+        )
+    return load_source(path, config.num_labels), _tokenizer(path)
+
+
 def model_folder(name: str) -> str:
     """Where `from_pretrained` finds the model: the asset's folder, or the name itself (folder or Hub id)."""
     if name in assets.MODELS:
@@ -92,18 +114,39 @@ def model_folder(name: str) -> str:
 def _tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise DHTError(f"model: cannot load a tokenizer from {path!r}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # the tokenizers library raises plain exceptions for broken files
+        reason = str(error).strip() or type(error).__name__
+        raise DHTError(f"model: cannot load a tokenizer from {path!r}: {reason.splitlines()[0]}") from error
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, split: Split, max_length: int) -> list[dict[str, Any]]:
-    """One dict a row: `input_ids`, `labels` (and what else the tokenizer makes, without padding)."""
-    ids = tokenizer(split.texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
-    return [{"input_ids": row, "labels": label} for row, label in zip(ids, split.labels, strict=True)]
+    """One dict a row: what `encode` makes of it, and `labels`."""
+    rows = encode(tokenizer, split.texts, split.pairs, max_length)
+    return [row | {"labels": label} for row, label in zip(rows, split.labels, strict=True)]
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
+) -> list[dict[str, Any]]:
+    """One dict a row without padding: `input_ids` and, for pairs in families that tell them apart, `token_type_ids`.
+
+    Args:
+        texts: the texts, or the first ones of pairs.
+        pairs: the second ones; None = single texts.
+        max_length: tokens a row is cut to, of pairs the longer text first.
+    """
+    if not texts:
+        return []
+    if pairs is None:
+        ids = tokenizer(list(texts), truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
+        return [{"input_ids": row} for row in ids]
+    made = tokenizer(list(texts), list(pairs), truncation=True, max_length=max_length, return_attention_mask=False)
+    names = [name for name in ("input_ids", "token_type_ids") if name in made]
+    return [dict(zip(names, row, strict=True)) for row in zip(*(made[name] for name in names), strict=True)]
 
 
 def collate(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """A padded batch: `input_ids`, `attention_mask` and, where the rows have them, `labels`."""
+    """A padded batch: `input_ids`, `attention_mask` and, where the rows have them, `token_type_ids` and `labels`."""
     longest = max(len(row["input_ids"]) for row in rows)
     batch = {
         "input_ids": torch.full((len(rows), longest), tokenizer.pad_token_id or 0),
@@ -112,6 +155,11 @@ def collate(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]) 
     for i, row in enumerate(rows):
         batch["input_ids"][i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
         batch["attention_mask"][i, : len(row["input_ids"])] = 1
+    if any("token_type_ids" in row for row in rows):
+        batch["token_type_ids"] = torch.zeros(len(rows), longest, dtype=torch.long)
+        for i, row in enumerate(rows):
+            types = row.get("token_type_ids", [])  # single texts among pairs are of type 0
+            batch["token_type_ids"][i, : len(types)] = torch.tensor(types, dtype=torch.long)
     if "labels" in rows[0]:
         batch["labels"] = torch.tensor([row["labels"] for row in rows])
     return batch
@@ -143,21 +191,25 @@ def load_run(folder: str | Path, device: str = "auto") -> tuple[DHTForSequenceCl
         )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{config_file}: not readable as JSON ({error}); the checkpoint is corrupt") from error
     if not isinstance(config, dict) or config.get("model_type") != "dht":
         raise CheckpointError(f"{config_file}: not a dht model; give the --out folder of dht train")
-    if config.get("format_version", 0) > FORMAT_VERSION:
+    version = config.get("format_version", 0)
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{config_file}: format {config['format_version']}, this dht reads up to {FORMAT_VERSION};"
-            " install a newer dht"
+            f"{config_file}: format {version}, this dht reads up to {FORMAT_VERSION}; install a newer dht"
         )
+    verify(folder)
     try:
         model, report = DHTForSequenceClassification.from_pretrained(
             folder, output_loading_info=True, local_files_only=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot load model.safetensors: {error}; the checkpoint is corrupt") from error
+        model.policy.check_sound()
+    except Exception as error:  # without checksums the files may say anything, and any library may stumble over it
+        raise CheckpointError(
+            f"{folder}: cannot load model.safetensors: {error or type(error).__name__}; the checkpoint is corrupt"
+        ) from error
     lost = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if lost:
         raise CheckpointError(
@@ -189,9 +241,12 @@ def check_budget(budget: float) -> float:
     return budget
 
 
-def lines_in_batches(lines: Iterable[str], size: int) -> Iterable[list[str]]:
+Line = TypeVar("Line")
+
+
+def lines_in_batches(lines: Iterable[Line], size: int) -> Iterable[list[Line]]:
     """Consecutive lists of at most `size` lines."""
-    held: list[str] = []
+    held: list[Line] = []
     for line in lines:
         held.append(line)
         if len(held) == size:

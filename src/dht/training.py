@@ -1,4 +1,4 @@
-"""`DHTTrainer`: a `transformers.Trainer` that lets the policy decide, pays it, and keeps training within its budget."""
+"""`DHTTrainer`: a `transformers` trainer that lets the policy decide, pays it, and keeps training within its budget."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from .curve import measure_curve
 from .distributed import merge_policy, rank, ranks, total
+from .errors import NonFiniteError
+from .guarded import GuardedTrainer
 from .hf.modeling import DHTForSequenceClassification, exit_loss
 from .plan import Mode, Trace
 from .policy.budget import Schedule, dual_ascent
@@ -20,6 +22,9 @@ from .policy.reward import quality
 BACKWARD = 2.0
 """FLOPs of a backward pass in units of its forward."""
 
+LONGEST_LOG = 1000
+"""Entries of a log, above which every other one goes: the log of a long run stays as small as that of a short one."""
+
 
 class Ledger(TrainerCallback, ExportableState):
     """What training has cost, in FLOPs, and how it went; saved in every checkpoint's `trainer_state.json`.
@@ -27,18 +32,27 @@ class Ledger(TrainerCallback, ExportableState):
     Attributes:
         executed: FLOPs run: training steps, calibration and feedback passes.
         dense: FLOPs of the same training steps (and nothing else) on the full model.
-        history: a dict every few steps: step, fraction, target, price, loss.
+        history: a dict every few steps: step, fraction, target, price, loss; means over the steps since the last.
+        every: steps between two of them.
     """
 
     def __init__(
-        self, executed: float = 0.0, dense: float = 0.0, history: list[dict[str, float]] | None = None
+        self,
+        executed: float = 0.0,
+        dense: float = 0.0,
+        history: list[dict[str, float]] | None = None,
+        every: int = 10,
+        window: list[tuple[float, float, float]] | None = None,
     ) -> None:
         self.executed, self.dense, self.history = executed, dense, history or []
-        self._window: list[tuple[float, float, float]] = []
+        self.every, self._window = every, window or []
 
     def state(self) -> dict[str, Any]:
         """What `Trainer` writes into the checkpoint."""
-        kept = {"executed": self.executed, "dense": self.dense, "history": self.history}
+        kept = {
+            "executed": self.executed, "dense": self.dense, "history": self.history, "every": self.every,
+            "window": self._window,
+        }  # fmt: skip
         return {"args": kept, "attributes": {}}
 
     @property
@@ -51,16 +65,23 @@ class Ledger(TrainerCallback, ExportableState):
         self.executed += (1 + BACKWARD) * flops
         self.dense += (1 + BACKWARD) * dense_flops
 
-    def note(self, step: int, fraction: float, target: float, price: float, loss: float, every: int = 10) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if len(state.log_history) > LONGEST_LOG:
+            del state.log_history[1::2]
+
+    def note(self, step: int, fraction: float, target: float, price: float, loss: float) -> None:
         """Adds a line to the history every `every` steps: means over the window."""
         self._window.append((fraction, target, loss))
-        if step % every == 0:
+        if step % self.every == 0:
             mean = [sum(column) / len(self._window) for column in zip(*self._window, strict=True)]
             self.history.append({"step": step, "fraction": mean[0], "target": mean[1], "price": price, "loss": mean[2]})
             self._window.clear()
+            if len(self.history) > LONGEST_LOG:
+                del self.history[1::2]
+                self.every *= 2
 
 
-class DHTTrainer(Trainer):
+class DHTTrainer(GuardedTrainer):
     """Trains the weights and the policy together under a budget.
 
     A step: the policy explores on the batch; the loss is over the exits that each row passed; backward also yields the
@@ -89,7 +110,7 @@ class DHTTrainer(Trainer):
         ledger: Ledger | None = None,
         **kwargs: Any,
     ) -> None:
-        kwargs["callbacks"] = [*kwargs.get("callbacks", []), ledger or Ledger()]
+        kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), ledger or Ledger()]
         super().__init__(*args, **kwargs)
         self.schedule, self.feedback = schedule, feedback
         self.price_rate, self.feedback_every = price_rate, feedback_every
@@ -98,6 +119,7 @@ class DHTTrainer(Trainer):
             self.args.ddp_find_unused_parameters = True  # ranks skip different layers
         self._traces: list[tuple[Trace, Tensor]] = []
         self._losses: list[Tensor] = []
+        self._probed = 0.0
 
     @property
     def ledger(self) -> Ledger:
@@ -116,7 +138,7 @@ class DHTTrainer(Trainer):
         labels = inputs.pop("labels")
         training = model.training
         output = model(**inputs, every_exit=training, mode=self._mode() if training else "exploit", tap_gates=training)
-        loss = exit_loss(output.trace, labels)
+        loss = exit_loss(output.trace, labels, self.dynamic.config.class_weights)
         if training:
             self._traces.append((output.trace, labels))
         return (loss, output) if return_outputs else loss
@@ -136,31 +158,57 @@ class DHTTrainer(Trainer):
 
     @torch.no_grad()
     def _learn(self) -> None:
-        """One step of the policy: the traces of all accumulated batches and all ranks, then the price."""
+        """One step of the policy: the traces of all accumulated batches and all ranks, then the price.
+
+        Of an update that any rank refuses, no rank's policy learns; what was executed counts all the same.
+        """
         policy, step = self.dynamic.policy, self.state.global_step
-        target = self.schedule.at(step / max(self.state.max_steps, 1))
         base = policy.snapshot()
+        whole = all(bool(loss.isfinite()) for loss in self._losses)
+        if whole:
+            try:
+                self._observe()
+            except NonFiniteError as error:
+                self.refuse(str(error))
+                whole = False
+        sums = [
+            sum(float(trace.flops.sum()) for trace, _ in self._traces),
+            sum(float(trace.dense_flops.sum()) for trace, _ in self._traces),
+            sum(float(loss) for loss in self._losses) / ranks(),
+            float(not whole),
+        ]
+        flops, dense, loss, refusing = total(
+            torch.tensor(sums, dtype=torch.float64, device=policy.price.device)
+        ).tolist()
+        self.ledger.step(flops, dense)
+        self._count_probes()
+        if refusing:
+            policy.merge(base, [])
+        else:
+            merge_policy(policy, base)
+            price, target = float(policy.price), self.schedule.at(step / max(self.state.max_steps, 1))
+            if self._mode() == "explore":  # a survey is not what the price asked for
+                price = dual_ascent(price, flops / dense, target, self.price_rate)
+                policy.price.fill_(price)
+            self.ledger.note(step, flops / dense, target, price, loss)
+        policy.finish_step()
+        self._traces, self._losses = [], []
+
+    def _observe(self) -> None:
+        """Pays the arms with what this rank's batches showed, and now and then with held-out rows."""
+        policy, step = self.dynamic.policy, self.state.global_step
         policy.observe_units(*(trace for trace, _ in self._traces))
         for trace, labels in self._traces:
             if self.feedback is None or (self.state.epoch or 0.0) < 1.0:
                 policy.observe(trace, quality(trace, labels, self.dynamic.config.reward))
         if self.feedback is not None and step % self.feedback_every == 0:
             self.probe(self.feedback(step // self.feedback_every * ranks() + rank()))
-        merge_policy(policy, base)
-        sums = [
-            sum(float(trace.flops.sum()) for trace, _ in self._traces),
-            sum(float(trace.dense_flops.sum()) for trace, _ in self._traces),
-            sum(float(loss) for loss in self._losses) / ranks(),
-        ]
-        flops, dense, loss = total(torch.tensor(sums, dtype=torch.float64, device=policy.price.device)).tolist()
-        self.ledger.step(flops, dense)
-        price = float(policy.price)
-        if self._mode() == "explore":  # a survey is not what the price asked for
-            price = dual_ascent(price, flops / dense, target, self.price_rate)
-            policy.price.fill_(price)
-        policy.finish_step()
-        self.ledger.note(step, flops / dense, target, price, loss)
-        self._traces, self._losses = [], []
+
+    def _count_probes(self) -> None:
+        """Adds the probes of all ranks since the last call to the ledger."""
+        probed = torch.tensor(self._probed, dtype=torch.float64, device=self.dynamic.policy.price.device)
+        self.ledger.executed += float(total(probed))
+        self._probed = 0.0
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer` does, with what the policy spends beside the loss: `flops_fraction`, `flops_target`, `price`."""
@@ -178,8 +226,8 @@ class DHTTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             trace: Trace = model(**inputs, mode="probe").trace
         model.train(was_training)
+        self._probed += float(trace.flops.sum())
         model.policy.observe(trace, quality(trace, batch["labels"], model.config.reward))
-        self.ledger.executed += float(total(trace.flops.sum()))
         return trace
 
 
@@ -200,5 +248,6 @@ def finish(trainer: DHTTrainer, batches: list[dict[str, Tensor]], budget: float,
                 contexts.append(trainer.probe(batch).context)
                 policy.finish_step()
         policy.fix_head_sets(torch.cat(contexts))
+    trainer._count_probes()
     with trainer.compute_loss_context_manager():
         trainer.ledger.executed += measure_curve(trainer.dynamic, batches, budget) * ranks()

@@ -33,7 +33,7 @@ def test_a_full_plan_equals_transformers_in_outputs_and_gradients(family, ffn):
     names = ("layer.1.attention.self.query.weight", "layer.1.attention.attn.q.weight")
     (query,) = (p.grad for name, p in plain.named_parameters() if name.endswith(names))
     torch.testing.assert_close(
-        dynamic.encoder.blocks[1].qkv.grad.unflatten(1, (3, -1))[:, 0].flatten(0, 1), query, atol=1e-5, rtol=1e-4
+        dynamic.encoder.blocks[1].qkv_weight.grad[:, 0].flatten(0, 1), query, atol=1e-5, rtol=1e-4
     )
 
 

@@ -66,7 +66,7 @@ def main() -> None:
     for block in sharded.encoder.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
-    assert sharded.encoder.blocks[0].qkv.to_local().shape[0] < 5
+    assert sharded.encoder.blocks[0].qkv_weight.to_local().shape[0] < 5
     for checkpointing in (False, True):
         if checkpointing:
             checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)

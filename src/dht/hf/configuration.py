@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 
 FORMAT_VERSION = 1
 """Of saved models; a larger number in a file means that a newer dht wrote it."""
+
+_WHOLE = {
+    "vocab_size": (1, 2**31), "hidden_size": (1, 2**20), "num_hidden_layers": (1, 2**12),
+    "num_attention_heads": (1, 2**12), "intermediate_size": (1, 2**20), "max_position_embeddings": (1, 2**31),
+    "type_vocab_size": (0, 2**20), "position_offset": (0, 2**20), "relative_attention_num_buckets": (0, 2**16),
+    "context_projection": (0, 2**16), "head_sets": (1, 2**16), "policy_seed": (0, 2**63), "format_version": (0, 2**31),
+    "wide_from": (0, 2**12),
+}  # fmt: skip
+"""Whole numbers and what is allowed, ends included."""
+
+_REAL = {
+    "hidden_dropout_prob": (0.0, 1.0), "attention_probs_dropout_prob": (0.0, 1.0), "layer_norm_eps": (0.0, 1.0),
+    "initializer_range": (0.0, 1e6), "ridge": (0.0, 1e300), "forgetting": (0.0, 1.0), "alpha": (0.0, 1e300),
+    "sigma": (0.0, 1e300), "unit_weight": (0.0, 1e300), "exploration": (0.0, 1.0), "budget": (0.0, 1.0),
+}  # fmt: skip
+"""Real numbers, likewise; a few must be above the lower end, which `check` looks at."""
 
 
 @strict
@@ -43,7 +60,8 @@ class DHTConfig(PreTrainedConfig):
             never (decision 6).
         train_widths: "narrowest": where there is a choice, training rows run the narrowest width, and wider ones are
             learned of from held-out rows and full steps; "all": training rows choose their width too (decision 6).
-        context_projection: random directions of the mean embedding that the first decision sees.
+        context_projection: random directions of the mean embedding that the first decision sees; None = 8 in
+            integrated search and 0 in tree search, whose first decision gains nothing by them.
         ridge: lambda, the prior precision of every arm.
         forgetting: gamma in (0, 1], discount per observed decision.
         alpha: UCB optimism while training; inference is greedy.
@@ -54,6 +72,7 @@ class DHTConfig(PreTrainedConfig):
         exploration: share of training steps that run every layer and every unit: no layer starves, every unit is paid.
         head_sets: G, distinct head sets per layer and width that a batch may use.
         reward: "correct" or "probability", the quality of an exit.
+        class_weights: what a row of each class counts in the loss; None = 1.
         budget: the fraction of dense FLOPs that the model was trained for.
         policy_seed: seed of the policy's draws.
     """
@@ -95,7 +114,7 @@ class DHTConfig(PreTrainedConfig):
     widths: list[int] | None = None
     wide_from: int | None = None
     train_widths: str = "narrowest"
-    context_projection: int = 8
+    context_projection: int | None = None
     ridge: float = 1.0
     forgetting: float = 0.9998
     alpha: float = 0.05
@@ -104,11 +123,18 @@ class DHTConfig(PreTrainedConfig):
     exploration: float = 0.02
     head_sets: int = 1
     reward: str = "correct"
+    class_weights: list[float] | None = None
     budget: float = 1.0
     policy_seed: int = 0
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.context_projection is None:
+            self.context_projection = 8 if self.search == "integrated" else 0
+        # Before `transformers` computes with them. What else makes no sense is left for `check` to tell.
+        problems = self._wrong_types()
+        if problems:
+            raise ConfigError(problems)
         if self.widths is None:
             heads = self.num_attention_heads
             even = round(heads * math.sqrt(min(max(self.budget, 0.0), 1.0)))
@@ -124,7 +150,9 @@ class DHTConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Raises `ConfigError` with every problem of this configuration."""
-        problems = []
+        problems = self._wrong_types()
+        if problems:
+            raise ConfigError(problems)
 
         def need(ok: bool, what: str) -> None:
             if not ok:
@@ -138,6 +166,8 @@ class DHTConfig(PreTrainedConfig):
             )
         need(heads >= 1, f"num_attention_heads: got {heads}, must be at least 1")
         need(self.num_hidden_layers >= 1, f"num_hidden_layers: got {self.num_hidden_layers}, must be at least 1")
+        pad, words = self.pad_token_id, self.vocab_size
+        need(pad is None or 0 <= pad < words, f"pad_token_id: got {pad}, must be in 0..{words - 1} or null")
         if heads >= 1:
             for name in ("hidden_size", "intermediate_size"):
                 size = getattr(self, name)
@@ -181,6 +211,44 @@ class DHTConfig(PreTrainedConfig):
         need(self.ridge > 0, f"ridge: got {self.ridge}, must be above 0")
         for name in ("alpha", "sigma", "unit_weight", "context_projection"):
             need(getattr(self, name) >= 0, f"{name}: got {getattr(self, name)}, must be at least 0")
+        weights, classes = self.class_weights, len(self.label_names)
+        right = weights is None or (len(weights) == classes and all(0 <= w < math.inf for w in weights))
+        need(right, f"class_weights: got {weights}, must be {classes} finite numbers of at least 0, one a class")
         need(self.head_sets >= 1, f"head_sets: got {self.head_sets}, must be at least 1")
+        told = {problem.split(":")[0] for problem in problems}
+        for name, (least, most) in {**_WHOLE, **_REAL}.items():
+            got = getattr(self, name)
+            if name not in told:
+                need(least <= got <= most, f"{name}: got {got}, must be in {least:g}..{most:g}")
         if problems:
             raise ConfigError(problems)
+
+    def _wrong_types(self) -> list[str]:
+        kinds: tuple[tuple[Iterable[str], Callable[[Any], bool], str], ...] = (
+            (_WHOLE, _is_whole, "a whole number"),
+            (_REAL, _is_real, "a number"),
+            (("pad_token_id", "embedding_size"), lambda got: got is None or _is_whole(got), "a whole number or null"),
+            (("hidden_act", "last_activation"), lambda got: isinstance(got, str), "a name"),
+            (("widths",), lambda got: isinstance(got, list) and all(map(_is_whole, got)), "whole numbers"),
+            (
+                ("rotary_thetas", "windows"),
+                lambda got: got is None or (isinstance(got, list) and all(x is None or _is_real(x) for x in got)),
+                "null, or a number or null for every layer",
+            ),
+        )
+        problems = []
+        for names, fits, allowed in kinds:
+            for name in names:
+                got = getattr(self, name)
+                derived = got is None and name in ("widths", "wide_from")
+                if not (derived or fits(got)):
+                    problems.append(f"{name}: got {shown(got)}, allowed: {allowed}")
+        return problems
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 2**63
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e300

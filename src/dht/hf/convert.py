@@ -85,8 +85,6 @@ def _counterparts(
         modules.append((at + family.attention_norm, block.attention_norm))
         modules.append((at + family.ffn_norm, block.ffn_norm))
         for name, ours in block.named_parameters(recurse=False):
-            if name in ("qkv", "up"):  # kept with fewer axes than they have
-                name, ours = f"{name}_weight", getattr(block, f"{name}_weight")
             part, kind = name.rsplit("_", 1)
             if part == "qkv" or (part == "up" and block.gated):
                 view = ours.transpose(0, 1)  # theirs: the queries of all heads, then the keys, ...
@@ -110,9 +108,9 @@ def load_source(path: str | Path, num_labels: int) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(path)
         classifier = any("SequenceClassification" in name for name in config.architectures or [])
         if classifier and config.num_labels == num_labels:
-            model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(path)
+            model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True)
         else:
-            model = AutoModel.from_pretrained(path)
+            model = AutoModel.from_pretrained(path, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         raise DHTError(f"model: cannot load {str(path)!r}: {str(error).splitlines()[0]}") from error
     return model

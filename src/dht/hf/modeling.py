@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.utils.generic import ModelOutput
 from transformers.utils.hub import cached_file
 
 from ..errors import ConfigError
+from ..manifest import COMPLETE, MANIFEST, verify
 from ..model.block import Block
 from ..model.encoder import Encoder, ExitHead
 from ..model.execute import execute
@@ -78,7 +80,14 @@ class DHTForSequenceClassification(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """The saved model; its policy in float64 to the last bit, whatever `dtype` the weights are loaded in."""
+        """The saved model; its policy in float64 to the last bit, whatever `dtype` the weights are loaded in.
+
+        Raises:
+            CheckpointError: a local folder's files are not those that its manifest lists.
+        """
+        for name in (MANIFEST, COMPLETE):
+            verify(Path(str(pretrained_model_name_or_path)) / (kwargs.get("subfolder") or ""), name)
+        kwargs.setdefault("use_safetensors", True)  # nothing is ever unpickled
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         where: dict[str, Any] = {
@@ -104,6 +113,12 @@ class DHTForSequenceClassification(PreTrainedModel):
         """Compiles the blocks (arguments of `torch.compile`), not the loop over layers, where the policy decides."""
         for block in self.encoder.blocks:
             block.compile(*args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[Any], *args: Any, **kwargs: Any) -> None:
+        """Saves as every model of `transformers` does; checksums of what is replaced there go."""
+        for name in (MANIFEST, COMPLETE):
+            (Path(save_directory) / name).unlink(missing_ok=True)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.embeddings.words
@@ -154,7 +169,7 @@ class DHTForSequenceClassification(PreTrainedModel):
             every_exit=every_exit or (labels is not None and chosen.trains_exits),
             tap_gates=tap_gates,
         )
-        loss = None if labels is None else exit_loss(trace, labels)
+        loss = None if labels is None else exit_loss(trace, labels, self.config.class_weights)
         output = DHTOutput(loss=loss, logits=trace.logits, trace=trace)
         return output if return_dict is not False else output.to_tuple()
 
@@ -173,16 +188,18 @@ def _policy_state(path: str | Path, where: dict[str, Any]) -> dict[str, Tensor]:
     return state
 
 
-def exit_loss(trace: Trace, labels: Tensor) -> Tensor:
+def exit_loss(trace: Trace, labels: Tensor, class_weights: list[float] | None = None) -> Tensor:
     """Mean over rows of the cross-entropy of each row's visited exits, deeper exits weighing more (layer number).
 
     Args:
         labels: int64 [B].
+        class_weights: what a row of each class counts; None = 1. The mean is over rows, not over their weights.
     """
+    by_class = None if class_weights is None else torch.tensor(class_weights, device=labels.device)
     total = trace.exits[0].logits.new_zeros(labels.shape[0], dtype=torch.float32)
     weight = torch.zeros_like(total)
     for exit_ in trace.exits:
-        loss = F.cross_entropy(exit_.logits.float(), labels[exit_.rows], reduction="none")
+        loss = F.cross_entropy(exit_.logits.float(), labels[exit_.rows], by_class, reduction="none")
         total = total.index_add(0, exit_.rows, exit_.layer * loss)
         weight = weight.index_add(0, exit_.rows, torch.full_like(loss, exit_.layer).detach())
     return (total / weight).mean()

@@ -7,18 +7,21 @@ each weight: the group runs at the speed of a dense block of k heads, and what i
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
+import threading
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .linear import activated, dropout, linear
 from .packed import Packed
 from .rotary import angles, rotate
 
@@ -33,12 +36,47 @@ def _count_step(*_: object) -> None:
 
 register_optimizer_step_post_hook(_count_step)
 
-VARIANTS = 64
-"""Compiled variants of a block that are allowed before Python takes over."""
-
 GateTap = Callable[[str, Tensor], None]
 """Called in backward with "attention" or "ffn" and activation * gradient, [S, k, size]: summed over a row's tokens and
 the last axis it is d loss / d gate of a gate fixed at 1 on that unit's output."""
+
+
+Units = tuple[int, ...]
+"""Head units to run, in rising order."""
+
+QKV, QKV_BIAS, OUT, UP, UP_BIAS, DOWN = range(6)
+"""Places of a block's weights among those that units own."""
+
+VARIANTS = 64
+"""Compiled variants of a block that are allowed before Python takes over."""
+
+KEPT_SLICES = 384
+"""Sliced copies of weights that a block keeps: six for each head set and dtype."""
+
+
+class Group(NamedTuple):
+    """Consecutive rows that run the same units (None = all); `tap` receives their gate gradients during backward."""
+
+    units: Units | None
+    rows: int
+    tap: GateTap | None = None
+
+
+class _Scratch(threading.local):
+    """Memory for weights that are sliced for one use: writing to it again and again beats asking for new pages."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[object, ...], Tensor] = {}
+
+    def take(self, weight: Tensor, index: Tensor, place: int) -> Tensor:
+        """`weight[index]`, valid until the next call with this `place`."""
+        key = (place, weight.shape, weight.dtype, weight.device, torch.is_inference_mode_enabled())
+        if key not in self.buffers:
+            self.buffers[key] = torch.empty_like(weight)
+        return torch.index_select(weight, 0, index, out=self.buffers[key][: len(index)])
+
+
+_SCRATCH = _Scratch()
 
 
 class _Listen(torch.autograd.Function):
@@ -111,32 +149,22 @@ class Block(GradientCheckpointingLayer):
         self.gated, self.rotary, self.window = gated, rotary, window
         up = (heads, 2, share) if gated else (heads, share)
         self.dropout, self.attention_dropout = dropout, attention_dropout
-        # Three axes, because that is what adapters for stacks of experts know; `qkv_weight` and `up_weight` show all.
-        self.qkv = nn.Parameter(torch.empty(heads, 3 * size, width))
+        self.qkv_weight = nn.Parameter(torch.empty(heads, 3, size, width))
         self._add_bias("qkv_bias", attention_bias, heads, 3, size)
         self.out_weight = nn.Parameter(torch.empty(heads, size, width))
         self._add_bias("out_bias", attention_bias, width)
-        self.up = nn.Parameter(torch.empty(heads, math.prod(up[1:]), width))
+        self.up_weight = nn.Parameter(torch.empty(*up, width))
         self._add_bias("up_bias", ffn_bias, *up)
         self.down_weight = nn.Parameter(torch.empty(heads, share, width))
         self._add_bias("down_bias", ffn_bias, width)
         self.attention_norm = nn.LayerNorm(width, eps=eps, bias=norm_bias) if attention_norm else nn.Identity()
         self.ffn_norm = nn.LayerNorm(width, eps=eps, bias=norm_bias)
-        self.activation = ACT2FN[activation]
-        self._slices: dict[tuple[int, ...], tuple[tuple[float, ...], tuple[Tensor, ...]]] = {}
+        self.activation, self._activation = ACT2FN[activation], activation
+        self._cast: dict[torch.dtype, tuple[Tensor, ...]] = {}
+        self._kept: dict[tuple[int, Units, torch.dtype], Tensor] = {}
+        self._kept_for: tuple[float, ...] = ()
+        self._compiled: Callable[..., Tensor] | None = None
         self.reset_parameters()
-
-    @property
-    def qkv_weight(self) -> Tensor:
-        """[H, 3, size, D], a view of the parameter `qkv`: query, key and value rows of every head."""
-        weight: Tensor = self.qkv.unflatten(1, self.qkv_bias.shape[1:])
-        return weight
-
-    @property
-    def up_weight(self) -> Tensor:
-        """[H, M/H, D], or [H, 2, M/H, D] of a gated FFN: a view of the parameter `up`."""
-        weight: Tensor = self.up.unflatten(1, self.up_bias.shape[1:])
-        return weight
 
     def _add_bias(self, name: str, learned: bool, *shape: int) -> None:
         """A bias, or zeros that are not trained where the family has none: one code path, and next to no arithmetic."""
@@ -155,62 +183,123 @@ class Block(GradientCheckpointingLayer):
                     parameter.normal_(0.0, std)
 
     def forward(
-        self, rows: Packed, units: Tensor | None = None, bias: Tensor | None = None, tap: GateTap | None = None
+        self, rows: Packed, groups: Sequence[Group] = (), bias: Tensor | None = None, lasting: bool = False
     ) -> Tensor:
         """Hidden states after the block, [S, D].
 
+        Only the matrix products know of groups; what is the same for all rows (norms, residuals, attention between
+        tokens) runs once for all of them.
+
         Args:
-            rows: the packed rows of one group.
-            units: int64 [k], the head units to run; None = all.
+            rows: the packed rows, group by group.
+            groups: which units which rows run; none = all units.
             bias: [1, H, T', T'], added to the attention logits (T' at least the longest row), or None.
-            tap: receives gate gradients during backward.
+            lasting: True if these sets of units will be asked for again, and copies of their weights are worth keeping.
         """
-        rows.lay_out(self.window)
-        if self.rotary is not None:
-            angles(rows, self.out_weight.shape[1], self.rotary)
-        return self._run(rows, self._sliced(units), bias if units is None or bias is None else bias[:, units], tap)
+        groups = groups or (Group(None, rows.lengths.numel()),)
+        slices = _Slices(self, lasting)
+        if self._compiled is not None:
+            return self._run_compiled(rows, groups, slices, bias)
+        return self._run(rows, groups, slices, bias)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As of every module, for any number of tokens and head units; choosing the weights is left to Python.
 
-        One row or unit is a case of its own to the compiler, as are no padding, no gradients, and every mix of these:
-        more variants than it allows by default.
+        Groups then run one by one. One row or unit is a case of its own to the compiler, as are no padding, no
+        gradients, and every mix of these: more variants than it allows by default.
         """
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, VARIANTS)
-        object.__setattr__(self, "_run", torch.compile(self._run, *args, **{"dynamic": True} | kwargs))
+        self._compiled = torch.compile(self._run_given, *args, **{"dynamic": True} | kwargs)
 
-    def _run(self, rows: Packed, weights: tuple[Tensor, ...], bias: Tensor | None, tap: GateTap | None) -> Tensor:
-        """`forward` on the sliced weights: tensors in, tensors out."""
+    def _run_compiled(self, rows: Packed, groups: Sequence[Group], slices: _Slices, bias: Tensor | None) -> Tensor:
+        assert self._compiled is not None
+        outputs = []
+        for group, part in zip(groups, rows.split([group.rows for group in groups]), strict=True):
+            part.lay_out(self.window)
+            if self.rotary is not None:
+                angles(part, self.qkv_weight.shape[2], self.rotary)
+            weights = tuple(slices.units_of(place, group.units) for place in range(len(slices.stored)))
+            shift = None if bias is None else self._bias_of(bias, [group])
+            outputs.append(self._compiled(part, weights, shift, group.tap))
+        return _joined(outputs)
+
+    def _run_given(self, rows: Packed, weights: tuple[Tensor, ...], bias: Tensor | None, tap: GateTap | None) -> Tensor:
+        """One group on weights that are sliced already: tensors in, tensors out."""
+        return self._run(rows, (Group(None, rows.lengths.numel(), tap),), _Given(weights), bias)
+
+    def _run(self, rows: Packed, groups: Sequence[Group], slices: _Slices | _Given, bias: Tensor | None) -> Tensor:
+        tokens = rows.tokens_of([group.rows for group in groups])
         hidden = rows.hidden
-        qkv_weight, qkv_bias, out_weight, up_weight, up_bias, down_weight = weights
         source = self.attention_norm(hidden) if self.pre_norm else hidden
-        mixed = self._attend(rows, source, qkv_weight, qkv_bias, bias)
-        if tap is not None:
-            mixed = _listened(mixed, tap, "attention", qkv_weight.shape[0])
-        hidden = hidden + self._drop(torch.addmm(self.out_bias, mixed, out_weight.flatten(0, 1)))
+        mixed = self._attend(rows, source, groups, tokens, slices, bias)
+        projected = []
+        for group, part in zip(groups, mixed, strict=True):
+            part = self._listen(group, "attention", part, slices)
+            projected.append(linear(part, slices.of(OUT, group.units).t(), self.out_bias))
+        hidden = hidden + self._drop(_joined(projected))
         if not self.pre_norm:
             hidden = self.attention_norm(hidden)
         source = self.ffn_norm(hidden) if self.pre_norm else hidden
-        inner = F.linear(source, up_weight.flatten(0, -2), up_bias.flatten())
-        if self.gated:
-            value, gate = inner.view(len(inner), *up_bias.shape).unbind(2)
-            inner = (self.activation(value) * gate).flatten(1)
-        else:
-            inner = self.activation(inner)
-        if tap is not None and self.coupled:
-            inner = _listened(inner, tap, "ffn", up_weight.shape[0])
-        hidden = hidden + self._drop(torch.addmm(self.down_bias, inner, down_weight.flatten(0, 1)))
+        narrowed = []
+        for group, part in zip(groups, _parts(source, tokens), strict=True):
+            inner = self._widen(part, group.units, slices)
+            if self.coupled:
+                inner = self._listen(group, "ffn", inner, slices)
+            narrowed.append(linear(inner, slices.of(DOWN, group.units).t(), self.down_bias))
+        hidden = hidden + self._drop(_joined(narrowed))
         return hidden if self.pre_norm else self.ffn_norm(hidden)
 
-    def _attend(self, rows: Packed, source: Tensor, weight: Tensor, weight_bias: Tensor, bias: Tensor | None) -> Tensor:
-        """Attention of the chosen heads, [S, k * size]: packed to padded and back around one fused kernel."""
+    def _widen(self, source: Tensor, units: Units | None, slices: _Slices | _Given) -> Tensor:
+        """The FFN's inner activations of one group, [S, k * M/H]."""
+        weight, bias = slices.of(UP, units), slices.of(UP_BIAS, units)
+        if not self.gated:
+            return activated(source, weight, bias, self._activation, self.activation)
+        both = linear(source, weight, bias)
+        value, gate = both.unflatten(-1, (-1, 2, self.up_weight.shape[2])).unbind(2)
+        inner: Tensor = self.activation(value) * gate
+        return inner.flatten(1)
+
+    def _attend(
+        self,
+        rows: Packed,
+        source: Tensor,
+        groups: Sequence[Group],
+        tokens: list[int],
+        slices: _Slices | _Given,
+        bias: Tensor | None,
+    ) -> list[Tensor]:
+        """Attention of each group's heads, [S, k * size]; neighbours of the same number of heads in one call."""
+        parts = _parts(source, tokens)
+        bands = [[0]]
+        if len(groups) > 1:
+            bands = [list(band) for _, band in groupby(range(len(groups)), lambda i: slices.heads(groups[i].units))]
+        layouts = rows.split([sum(groups[i].rows for i in band) for band in bands])
+        mixed: list[Tensor] = []
+        for band, layout in zip(bands, layouts, strict=True):
+            qkv = [
+                linear(parts[i], slices.of(QKV, groups[i].units), slices.of(QKV_BIAS, groups[i].units)) for i in band
+            ]
+            shift = None if bias is None else self._bias_of(bias, [groups[i] for i in band])
+            whole = self._mix(layout, _joined(qkv), slices.heads(groups[band[0]].units), shift)
+            mixed += _parts(whole, [tokens[i] for i in band]) if len(band) > 1 else [whole]
+        return mixed
+
+    @staticmethod
+    def _bias_of(bias: Tensor, groups: list[Group]) -> Tensor:
+        """The bias of the heads that run: [1, k, T', T'] of one group, [R, k, T', T'] of several."""
+        if len(groups) == 1:
+            return bias if groups[0].units is None else bias[:, list(groups[0].units)]
+        heads = [list(group.units or range(bias.shape[1])) for group in groups for _ in range(group.rows)]
+        return bias[0, torch.tensor(heads, device=bias.device)]
+
+    def _mix(self, rows: Packed, qkv: Tensor, heads: int, bias: Tensor | None) -> Tensor:
+        """[S, heads * size] of [S, heads * 3 * size]: packed to padded and back around one fused kernel."""
         count, longest = rows.lengths.numel(), rows.max_length
-        heads, _, size, _ = weight.shape
-        qkv = F.linear(source, weight.flatten(0, 2), weight_bias.flatten())
         if not rows.equal:
             padded = qkv.new_zeros(count * longest, qkv.shape[-1])
             qkv = padded.index_copy(0, rows.slot, qkv)
+        size = self.qkv_weight.shape[2]
         query, key, value = qkv.view(count, longest, heads, 3, size).permute(3, 0, 2, 1, 4).unbind(0)
         if self.rotary is not None:
             query, key = rotate(query, key, rows, self.rotary)
@@ -218,41 +307,144 @@ class Block(GradientCheckpointingLayer):
         if bias is not None:
             bias = bias[..., :longest, :longest].to(query.dtype)
             mask = bias if mask is None else bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=self.attention_dropout if self.training else 0.0
-        )
+        if self.training and self.attention_dropout:
+            mixed = self._mix_with_dropout(query, key, value, mask)
+        else:
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         mixed = mixed.transpose(1, 2).reshape(count * longest, heads * size)
         return mixed if rows.equal else mixed.index_select(0, rows.slot)
 
+    def _mix_with_dropout(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """The fused kernel on a GPU; on a CPU there is none with dropout, and torch's own way draws slowly."""
+        if query.device.type != "cpu":
+            return F.scaled_dot_product_attention(query, key, value, mask, self.attention_dropout)
+        scores = query * query.shape[-1] ** -0.5 @ key.mT
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        return dropout(scores.softmax(-1), self.attention_dropout).to(value.dtype) @ value
+
     def _drop(self, hidden: Tensor) -> Tensor:
-        return F.dropout(hidden, self.dropout, self.training) if self.dropout and self.training else hidden
+        return dropout(hidden, self.dropout) if self.dropout and self.training else hidden
 
-    def _sliced(self, units: Tensor | None) -> tuple[Tensor, ...]:
-        """The weights of `units`; without gradients the copies are kept until a weight changes.
+    def _stored(self) -> tuple[Tensor, ...]:
+        """The weights as they are or, without gradients, as autocast wants them; casts last until a weight changes."""
+        stored: tuple[Tensor, ...]
+        stored = (self.qkv_weight, self.qkv_bias, self.out_weight, self.up_weight, self.up_bias, self.down_weight)
+        if self._keeps_nothing():
+            return stored
+        version = (_STEPS[0], *(x for weight in stored for x in (weight.data_ptr(), _version(weight), _probe(weight))))
+        if self._kept_for != version:
+            self._kept_for = version
+            self._kept.clear()
+            self._cast.clear()
+        kind = stored[0].device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else stored[0].dtype
+        if dtype == stored[0].dtype:
+            return stored
+        if dtype not in self._cast:
+            self._cast[dtype] = tuple(weight.to(dtype) for weight in stored)
+        return self._cast[dtype]
 
-        A change through `.data`, as of adapters merged into the weights, raises no version: an entry of every unit's
-        weights is looked at too. Weights that an adapter computes at every call are not kept.
-        """
-        ffn = (self.up_weight, self.up_bias, self.down_weight)
-        whole = (self.qkv_weight, self.qkv_bias, self.out_weight, *ffn)
-        if units is None:
-            return whole
-        chosen = whole if self.coupled else whole[:3]
-        if torch.is_grad_enabled() or is_parametrized(self):
-            sliced = tuple(weight.index_select(0, units) for weight in chosen)
-        else:
-            key = tuple(units.tolist())
-            version = (_STEPS[0], *(x for w in chosen for x in (w.data_ptr(), w._version, *_probe(w))))
-            known = self._slices.get(key)
-            if known is None or known[0] != version:
-                if len(self._slices) >= 64:
-                    self._slices.clear()
-                self._slices[key] = (version, tuple(weight.index_select(0, units) for weight in chosen))
-            sliced = self._slices[key][1]
-        return sliced if self.coupled else (*sliced, *ffn)
+    def _keeps_nothing(self) -> bool:
+        """True where weights belong to a graph, or are other tensors at every call: an adapter's, gathered shards."""
+        return _in_a_graph() or "parametrizations" in self._modules or isinstance(self, FSDPModule)
+
+    def _listen(self, group: Group, part: str, activation: Tensor, slices: _Slices | _Given) -> Tensor:
+        if group.tap is None or not activation.requires_grad:
+            return activation
+        listened: Tensor = _listened(activation, group.tap, part, slices.heads(group.units))
+        return listened
 
 
-def _probe(weight: Tensor) -> list[float]:
-    """One entry of every unit's part of the weight."""
-    parts = weight.flatten(1)
-    return list(parts[:, parts.shape[1] // 2].tolist())
+class _Slices:
+    """The matrices of units during one forward of a block.
+
+    With gradients they are sliced from the weights each time. Without, those of lasting sets are kept, and those of
+    passing ones live in scratch memory until the next set's are asked for.
+    """
+
+    def __init__(self, block: Block, lasting: bool) -> None:
+        self.stored, self.lasting = block._stored(), lasting
+        self.kept, self.all_heads, self.passing = block._kept, block.heads, block._keeps_nothing()
+        self.owned = len(self.stored) if block.coupled else UP
+
+    def of(self, place: int, units: Units | None) -> Tensor:
+        """The matrix [k * rows of a unit, D], or the bias [k * rows of a unit], at `place`."""
+        weight = self.stored[place]
+        if units is None or place >= self.owned:
+            return _flat(weight, place)
+        index = _index(units, weight.device)
+        if self.passing or not (self.lasting or isinstance(weight, Tensor)):
+            return _flat(weight.index_select(0, index), place)
+        if not self.lasting:
+            return _flat(_SCRATCH.take(weight, index, place), place)
+        key = (place, units, weight.dtype)
+        if key not in self.kept:
+            if len(self.kept) >= KEPT_SLICES:
+                self.kept.pop(next(iter(self.kept)))
+            self.kept[key] = _flat(weight.index_select(0, index), place)
+        return self.kept[key]
+
+    def units_of(self, place: int, units: Units | None) -> Tensor:
+        """What `of` gives, by unit, as it is stored."""
+        weight = self.stored[place]
+        return self.of(place, units).view(-1, *weight.shape[1:])
+
+    def heads(self, units: Units | None) -> int:
+        """How many they are."""
+        return self.all_heads if units is None else len(units)
+
+
+class _Given:
+    """The weights of one group, already sliced."""
+
+    def __init__(self, weights: tuple[Tensor, ...]) -> None:
+        self.weights = weights
+
+    def of(self, place: int, _: Units | None) -> Tensor:
+        """As of `_Slices`."""
+        return _flat(self.weights[place], place)
+
+    def heads(self, _: Units | None) -> int:
+        """How many units they are."""
+        return self.weights[QKV].shape[0]
+
+
+def _in_a_graph() -> bool:
+    """True where slices belong to a graph: of gradients, of a compiler, of an export."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
+@lru_cache(maxsize=4096)
+def _index(units: Units, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # backward may hold it
+        return torch.tensor(units, device=device)
+
+
+def _flat(weight: Tensor, place: int) -> Tensor:
+    """A unit-major weight as a matrix, or a bias as a vector; nothing is copied."""
+    return weight.flatten() if place in (QKV_BIAS, UP_BIAS) else weight.flatten(0, -2)
+
+
+def _parts(tokens: Tensor, counts: list[int]) -> Sequence[Tensor]:
+    return tokens.split(counts) if len(counts) > 1 else (tokens,)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _version(weight: Tensor) -> int:
+    """How often `weight` was changed in place, as far as torch counts; inference tensors are not counted."""
+    return 0 if weight.is_inference() else weight._version
+
+
+def _probe(weight: Tensor) -> float:
+    """One entry of every unit's part of a frozen weight: adapters are merged into it by a change that torch counts not.
+
+    Weights that train, as those of every loaded model, are not looked at: it is a matter of microseconds.
+    """
+    if weight.requires_grad or not isinstance(weight, nn.Parameter):
+        return 0.0
+    parts = weight.detach().flatten(1) if weight.ndim > 1 else weight.detach()[None]
+    return float(parts[:, parts.shape[1] // 2].sum())

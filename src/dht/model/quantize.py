@@ -21,7 +21,7 @@ from ..errors import DHTError
 if TYPE_CHECKING:
     from ..hf.modeling import DHTForSequenceClassification
 
-INPUT_AXIS = {"qkv": (-1,), "up": (-1,), "out_weight": (0, 1), "down_weight": (0, 1)}
+INPUT_AXIS = {"qkv_weight": (-1,), "up_weight": (-1,), "out_weight": (0, 1), "down_weight": (0, 1)}
 """The axes of a block's weights that a product sums over; the others are output channels and have a scale each."""
 
 
@@ -47,15 +47,32 @@ class Int8Weight:
         """The weight's shape."""
         return self.values.shape
 
+    requires_grad = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """int8."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the values lie."""
+        return self.values.device
+
     @property
     def _version(self) -> int:
         return self.values._version
 
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.values[index]
+    def is_inference(self) -> bool:
+        """As of a tensor."""
+        return self.values.is_inference()
+
+    def to(self, _: torch.dtype) -> Int8Weight:
+        """Itself: autocast changes what it is multiplied with, not its values."""
+        return self
 
     def data_ptr(self) -> int:
-        """Where the values lie."""
+        """As of a tensor."""
         return self.values.data_ptr()
 
     def index_select(self, axis: int, index: Tensor) -> Int8Weight:
@@ -67,9 +84,9 @@ class Int8Weight:
         """As of a tensor."""
         return Int8Weight(self.values.flatten(start, end), self.scale.flatten(start, end))
 
-    def unflatten(self, axis: int, sizes: Sequence[int]) -> Int8Weight:
-        """As of a tensor, along an axis of output channels."""
-        return Int8Weight(self.values.unflatten(axis, sizes), self.scale.unflatten(axis, sizes))
+    def t(self) -> Int8Weight:
+        """The transpose of a matrix."""
+        return Int8Weight(self.values.t(), self.scale.t())
 
     @classmethod
     def __torch_function__(
@@ -78,9 +95,6 @@ class Int8Weight:
         if function is F.linear:
             hidden, weight, bias = args
             return _product(hidden, weight.values.t(), weight.scale.t()) + bias
-        if function is torch.addmm:
-            bias, hidden, weight = args
-            return _product(hidden, weight.values, weight.scale) + bias
         return NotImplemented
 
 

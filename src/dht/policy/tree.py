@@ -66,7 +66,7 @@ class TreePolicy(LearnedPolicy):
             if view.mode == "survey":
                 arm = torch.full_like(arm, len(self.widths))
         sets, choice = self._pick_sets(view, context, arm - 1)
-        return Decision(sets, choice, arm, context, wants_stop)
+        return Decision(sets, choice, arm, context, wants_stop, lasting=view.mode == "exploit")
 
     def would_spend(self, trace: Trace, price: float) -> Tensor:
         context, rows = trace.context, len(trace.units)
@@ -130,7 +130,7 @@ class TreePolicy(LearnedPolicy):
         """As the base class; every rank has topped up the prior that faded, and it is topped up once."""
         super().merge(base, deltas)
         faded = [1.0 - self.numbers.forgetting ** int(delta["numbers.clock"]) for delta in deltas]
-        self._blend_prior(max(faded) - sum(faded))
+        self._blend_prior(max(faded, default=0.0) - sum(faded))
 
     def _blend_prior(self, share: float, keep: float = 1.0) -> None:
         """Statistics become `keep` times themselves plus `share` of the prior's."""
