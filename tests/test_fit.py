@@ -291,6 +291,10 @@ def test_models_without_a_fitting_head(classifier, sentences, folders, minilm_pa
         FitSettings(**good | {"rows": 7, "split": "dev"}).check()
     with pytest.raises(DataError, match="is a file; give a data folder, or add --unlabelled"):
         fit_run(FitSettings(**good | {"data": str(folders / "texts.txt")}))
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"premise": "a", "hypothesis": "b"}\n' * 60)
+    with pytest.raises(DataError, match="holds sentence pairs; dht fit takes single texts so far"):
+        fit_run(FitSettings(**good | {"data": str(pairs), "unlabelled": True}))
     three = copy.deepcopy(plain_model("bert"))
     three.save_pretrained(tmp_path / "three")
     tokenizer.save_pretrained(tmp_path / "three")

@@ -169,8 +169,8 @@ def fit(
     batch_size: BatchSize = 32,
     seed: Annotated[int, typer.Option(help="Seed of the rows and the folds.")] = 0,
     device: Device = "auto",
-    text_column: TextColumn = "text",
-    label_column: LabelColumn = "label",
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Give a fine-tuned classifier a budget dial, its weights untouched: accuracy against budget, reported."""

