@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dht import training
 from dht.policy.learned import LearnedPolicy
 from tools.two_ranks import ending, trained
 
@@ -42,3 +43,28 @@ def test_the_policy_moves_once_an_optimizer_step(tmp_path, monkeypatch):
     for line in logged:
         assert {"flops_fraction", "flops_target", "price"} <= set(line)
         assert 0 < line["flops_fraction"] < 1.2
+
+
+def test_of_a_refused_update_nothing_is_learned(tmp_path, monkeypatch):
+    """One of the accumulated batches has a loss that is not finite: neither weights nor policy nor price move."""
+    losses, updates = iter([1.0, 1.0, 1.0, torch.nan, 1.0, 1.0]), []
+    real = training.exit_loss
+    monkeypatch.setattr(training, "exit_loss", lambda *a: real(*a) * next(losses))
+    learn = training.DHTTrainer._learn
+
+    def watched(self):
+        before = self.dynamic.policy.snapshot() | {"price": self.dynamic.policy.price.clone()}
+        weights = self.dynamic.encoder.blocks[0].out_weight.detach().clone()
+        learn(self)
+        after = self.dynamic.policy.snapshot() | {"price": self.dynamic.policy.price}
+        updates.append((all(torch.equal(before[name], after[name]) for name in before), weights))
+
+    monkeypatch.setattr(training.DHTTrainer, "_learn", watched)
+    trainer = trained(tmp_path, accumulate=2, steps=3)
+    assert [kept for kept, _ in updates] == [False, True, False]
+    weights = [weights for _, weights in updates]
+    assert not torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[1], weights[2])
+    assert trainer.refusals.count == 1
+    assert "the loss is nan" in trainer.refusals.reasons[0]
+    assert trainer.ledger.executed > 0

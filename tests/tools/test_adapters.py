@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,9 +35,16 @@ def adapted(model, seed=0):
     return wrapped.eval()
 
 
+class LastingPlan(FixedPlan):
+    """Blocks keep the slices of its sets."""
+
+    def decide(self, view):
+        return replace(super().decide(view), lasting=True)
+
+
 def logits(model, plan=None):
     with torch.no_grad():
-        return model(**batch(), policy=FixedPlan(plan or random_plan(7))).logits
+        return model(**batch(), policy=LastingPlan(plan or random_plan(7))).logits
 
 
 def test_only_adapters_and_classifiers_train():
@@ -67,6 +75,24 @@ def test_adapted_blocks_equal_the_reference_on_merged_weights():
     expected = torch.stack(exits)[plan.layers - 1, torch.arange(7)]
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_slices_are_kept_between_calls_and_not_while_adapted():
+    base = dynamic_model("bert").eval()
+    logits(base)
+    kept = base.encoder.blocks[0]._kept
+    first = list(kept.values())
+    logits(base)
+    assert first
+    assert all(old is new for old, new in zip(first, kept.values(), strict=True))
+    block = base.encoder.blocks[0]
+    model = adapted(base)
+    block._kept.clear()
+    logits(model)
+    assert not block._kept, "an adapter computes its weights at every call"
+    model.merge_adapter()
+    logits(model)
+    assert block._kept
 
 
 def test_weights_that_change_under_a_kept_slice_are_noticed():

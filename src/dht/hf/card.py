@@ -42,7 +42,8 @@ A text classifier that decides for every input how many of its {{ config.num_hid
 input does not need is not executed. Labels: {{ labels }}.
 
 {% if base %}Started from `{{ base }}`. {% endif -%}
-Trained with `dht train` on `{{ source }}` for a budget of {{ "%g" % config.budget }} of the dense model's FLOPs.
+{% if fitted %}Exits and policy fitted to the untouched weights{% else %}Trained{% endif -%}
+{{ " " }}on `{{ source }}` for a budget of {{ "%g" % config.budget }} of the dense model's FLOPs.
 
 ## Measured
 
@@ -107,7 +108,7 @@ def card(model: DHTForSequenceClassification, report: Mapping[str, Any], name: s
             metric_type=metric, metric_value=float(report[field]),
         )
         for field, metric in (("accuracy", "accuracy"), ("macro_f1", "f1"))
-        if field in report
+        if _is_number(report.get(field))
     ]  # fmt: skip
     data = ModelCardData(
         library_name="transformers",
@@ -132,6 +133,7 @@ def card(model: DHTForSequenceClassification, report: Mapping[str, Any], name: s
         config=config,
         labels=", ".join(f"`{label}`" for label in config.label_names.values()),
         base=base,
+        fitted="fit_rows" in report,
         source=source,
         split=split,
         count=report.get("num_examples", "?"),
