@@ -111,3 +111,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(p):
     assert abs(float(neighbours.double().mean()) - p * p) < 0.003, "four draws of one number do not follow each other"
     torch.manual_seed(0)
     assert torch.equal(dropout(torch.ones(1000, 301), p), dropped), "the same seed drops the same"
+
+
+def test_everything_can_be_dropped():
+    assert not dropout(torch.ones(3, 5), 1.0).any()

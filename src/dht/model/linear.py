@@ -34,7 +34,7 @@ MARGIN = 0.85
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """X W^T + b, [S, N], with gradients.
+    """The product x W^T + b, [S, N], with gradients.
 
     Args:
         x: [S, K].
@@ -65,7 +65,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     On a CPU torch draws one number an element, which takes longer than a narrow layer's products; here a 64-bit number
     serves four.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if p == 1.0 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     dropped = round(p * 2**16)
