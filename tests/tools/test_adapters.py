@@ -10,8 +10,10 @@ import torch
 from transformers import TrainingArguments
 
 from builders import batch, dynamic_model, random_plan
+from dht.errors import DHTError
+from dht.model.quantize import quantize
 from dht.model.reference import reference
-from dht.policy.baselines import FixedPlan
+from dht.policy.baselines import DensePolicy, FixedPlan
 from dht.policy.budget import Schedule
 from dht.training import DHTTrainer
 
@@ -80,19 +82,19 @@ def test_adapted_blocks_equal_the_reference_on_merged_weights():
 def test_slices_are_kept_between_calls_and_not_while_adapted():
     base = dynamic_model("bert").eval()
     logits(base)
-    kept = base.encoder.blocks[0]._kept
+    kept = base.encoder.blocks[0]._kept.slices
     first = list(kept.values())
     logits(base)
     assert first
     assert all(old is new for old, new in zip(first, kept.values(), strict=True))
     block = base.encoder.blocks[0]
     model = adapted(base)
-    block._kept.clear()
+    block._kept.slices.clear()
     logits(model)
-    assert not block._kept, "an adapter computes its weights at every call"
+    assert not block._kept.slices, "an adapter computes its weights at every call"
     model.merge_adapter()
     logits(model)
-    assert block._kept
+    assert block._kept.slices
 
 
 def test_weights_that_change_under_a_kept_slice_are_noticed():
@@ -110,6 +112,27 @@ def test_weights_that_change_under_a_kept_slice_are_noticed():
     torch.testing.assert_close(logits(model), on, atol=1e-5, rtol=1e-4)
     with model.disable_adapter():
         torch.testing.assert_close(logits(model), bare, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_adapted_blocks_compile_whole():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    base = dynamic_model("bert")
+    model, plan = adapted(base), DensePolicy(5)
+    with torch.no_grad():
+        expected = model(**batch(), policy=plan).logits
+        base.compile(backend="eager")
+        torch.testing.assert_close(model(**batch(), policy=plan).logits, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+
+
+def test_adapters_are_merged_before_int8():
+    with pytest.raises(DHTError, match=r"the blocks carry adapters; merge them first: model.merge_and_unload\(\)"):
+        quantize(adapted(dynamic_model("bert")))
 
 
 def test_adapters_come_back_from_disk(tmp_path):

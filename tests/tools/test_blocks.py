@@ -110,11 +110,10 @@ def of_compiler(test):
 
 
 @of_compiler
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_blocks_give_the_same(backend, dynamo):
+def test_compiled_blocks_give_the_same(dynamo):
     plain = without_dropout(dynamic_model("bert"))
     compiled = copy.deepcopy(plain)
-    compiled.compile(backend=backend)
+    compiled.compile(backend="aot_eager")  # all that inductor does but kernels: graphs, their backward, fake tensors
     plan = random_plan(6, seed=1)
     plan.units[:] = plan.units[:1]
     plan.units[:3, 1:] = False
@@ -137,6 +136,24 @@ def test_compiled_blocks_give_the_same(backend, dynamo):
         plan.units[: len(lengths) // 2, 1:] = False
         same([compiled(**inputs, policy=FixedPlan(plan)).logits], [plain(**inputs, policy=FixedPlan(plan)).logits])
     assert dynamo["stats"]["unique_graphs"] <= graphs + 1
+
+
+@of_compiler
+def test_a_copy_of_a_compiled_model_runs_its_own_weights(dynamo):
+    plain = dynamic_model("bert")
+    plain.compile(backend="eager")
+    changed = copy.deepcopy(plain)
+    expected = dynamic_model("bert")
+    for model in (changed, expected):
+        for block in model.encoder.blocks:
+            nn.init.ones_(block.out_bias)
+            nn.init.zeros_(block.attention_norm.bias)
+    policy = DensePolicy(5)
+    with torch.no_grad():
+        same([changed(**batch(), policy=policy).logits], [expected(**batch(), policy=policy).logits])
+        assert not dynamo["stats"]["unique_graphs"], "as a copy of every module, it is not compiled"
+        assert not torch.equal(plain(**batch(), policy=policy).logits, expected(**batch(), policy=policy).logits)
+    assert dynamo["stats"]["unique_graphs"]
 
 
 INDUCTOR = """
@@ -220,6 +237,15 @@ def test_a_quantised_model_is_neither_saved_nor_made_elsewhere(tmp_path):
     assert not (tmp_path / "int8").exists()
     with pytest.raises(DHTError, match="the model is on meta, allowed: cpu; call model.cpu"):
         quantize(dynamic_model().to("meta"))
+
+
+def test_int8_and_compilation_exclude_each_other():
+    compiled = dynamic_model()
+    compiled.compile(backend="eager")
+    with pytest.raises(DHTError, match=r"the model is compiled; quantise a copy.deepcopy of it, which is not"):
+        quantize(compiled)
+    with pytest.raises(DHTError, match="the blocks are in int8, allowed: float; compile a model that is not quantised"):
+        quantize(copy.deepcopy(compiled)).compile()
 
 
 @of_compiler

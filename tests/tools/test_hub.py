@@ -161,7 +161,11 @@ def test_the_card_holds_the_measured_figures(run, model):
     assert (loaded.data.base_model, loaded.data.datasets) == ("owner/encoder", ["owner/reviews"])
     measured = {result.metric_type: result.metric_value for result in loaded.data.eval_results}
     assert measured == {"accuracy": 0.8765, "f1": 0.8712}
-    for text in ("| accuracy | 0.8765 |", "| FLOPs, fraction of the dense model | 0.271 |", "321 examples of the test"):
+    for text in (
+        "| accuracy | 0.8765 |",
+        "| FLOPs, fraction of the dense model | 0.271 |",
+        "321 examples of `owner/reviews` (test)",
+    ):
         assert text in loaded.text
     assert "`bad`, `so so`, `good`" in loaded.text
     assert "training seconds" not in loaded.text, "a figure that was not measured is left out"
@@ -169,11 +173,24 @@ def test_the_card_holds_the_measured_figures(run, model):
 
 
 def test_local_names_are_no_hub_names(model, tmp_path):
-    text = card(model, {"data": str(tmp_path), "model": "minilm"}, "mine")
+    (tmp_path / "reviews").mkdir()
+    (tmp_path / "encoder").mkdir()
+    text = card(model, {"data": str(tmp_path / "reviews"), "model": str(tmp_path / "encoder"), "accuracy": 0.9}, "mine")
+    assert str(tmp_path) not in text, "where it lies is nobody's business"
+    assert "Started from `encoder`. Trained on `reviews`" in text
     data = ModelCard(text).data
     assert data.base_model is None
     assert data.datasets is None
-    assert data.eval_results is None
+    assert data.eval_results[0].dataset_name == "reviews"
+    assert ModelCard(card(model, {"data": "vader", "model": "minilm"}, "mine")).data.eval_results is None
+
+
+def test_a_card_of_what_was_not_measured(model):
+    """As `DHTClassifier.save` knows it."""
+    text = card(model, {"train_flops_fraction": 0.5}, "mine")
+    assert "Trained for a budget of" in text
+    assert "Nothing was measured on held-out examples." in text
+    assert "| training FLOPs, fraction of dense training | 0.500 |" in text
 
 
 def test_the_card_says_how_to_load_it(run, model, tokenizer, monkeypatch):

@@ -20,6 +20,7 @@ FIGURES = (
     ("accuracy", "accuracy", ".4f"),
     ("macro_f1", "macro F1", ".4f"),
     ("full_depth_accuracy", "accuracy of the same weights, everything run", ".4f"),
+    ("agreement", "same answers as with everything run", ".4f"),
     ("flops_fraction", "FLOPs, fraction of the dense model", ".3f"),
     ("time_fraction", "seconds, fraction of the dense model", ".3f"),
     ("policy_time_fraction", "share of those seconds spent deciding", ".3f"),
@@ -43,11 +44,12 @@ input does not need is not executed. Labels: {{ labels }}.
 
 {% if base %}Started from `{{ base }}`. {% endif -%}
 {% if fitted %}Exits and policy fitted to the untouched weights{% else %}Trained{% endif -%}
-{{ " " }}on `{{ source }}` for a budget of {{ "%g" % config.budget }} of the dense model's FLOPs.
+{% if source %} on `{{ source }}`{% endif %} for a budget of {{ "%g" % config.budget }} of the dense model's FLOPs.
 
 ## Measured
 
-{{ count }} examples of the {{ split }} split of `{{ source }}`; {{ machine }}.
+{% if count %}{{ count }} examples{% if source %} of `{{ source }}`{% endif %} ({{ split }})
+{%- else %}Nothing was measured on held-out examples{% endif %}{% if machine %}; {{ machine }}{% endif %}.
 
 | figure | value |
 |---|---|
@@ -93,18 +95,18 @@ mean over such data, no bound for a single input, and texts of another kind may 
 
 
 def card(model: DHTForSequenceClassification, report: Mapping[str, Any], name: str) -> str:
-    """The text of the card: YAML for the Hub, then the page.
+    """The text of the card: YAML for the Hub, then the page. Of a file or folder of this machine only the name is told.
 
     Args:
         report: what `dht train` measured (`report.json`); fields that are missing are left out.
         name: of the model, as its title.
     """
     config, policy = model.config, model.policy
-    source, base = str(report.get("data", "unknown data")), str(report.get("model", ""))
-    split = str(report.get("split", "test"))
+    source, base = _told(str(report.get("data", ""))), _told(str(report.get("model", "")))
+    split, known = str(report.get("split", "test")), source or "unknown"
     results = [
         EvalResult(
-            task_type="text-classification", dataset_type=source, dataset_name=source, dataset_split=split,
+            task_type="text-classification", dataset_type=known, dataset_name=known, dataset_split=split,
             metric_type=metric, metric_value=float(report[field]),
         )
         for field, metric in (("accuracy", "accuracy"), ("macro_f1", "f1"))
@@ -136,8 +138,8 @@ def card(model: DHTForSequenceClassification, report: Mapping[str, Any], name: s
         fitted="fit_rows" in report,
         source=source,
         split=split,
-        count=report.get("num_examples", "?"),
-        machine=", ".join(machine) or "machine not recorded",
+        count=report.get("num_examples"),
+        machine=", ".join(machine),
         figures=[(what, format(report[field], kind)) for field, what, kind in FIGURES if _is_number(report.get(field))],
         dial=f": fractions from {min(fractions):.2f} to {max(fractions):.2f}" if measured else "",
         cheaper=round(max(config.budget / 2, min(fractions)), 2),
@@ -151,6 +153,11 @@ def write_card(folder: Path, model: DHTForSequenceClassification, report: Mappin
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _told(name: str) -> str:
+    """The name of data or a model, without the folders that lead to it on this machine."""
+    return name if not name or _on_hub(name) else Path(name).name
 
 
 def _on_hub(name: str) -> bool:

@@ -111,8 +111,9 @@ class DHTForSequenceClassification(PreTrainedModel):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles the blocks (arguments of `torch.compile`), not the loop over layers, where the policy decides."""
-        for block in self.encoder.blocks:
-            block.compile(*args, **kwargs)
+        for block in self.encoder.modules():
+            if isinstance(block, Block):  # an adapter's wrapper around it is not
+                block.compile(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[Any], *args: Any, **kwargs: Any) -> None:
         """Saves as every model of `transformers` does; checksums of what is replaced there go."""

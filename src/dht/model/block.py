@@ -7,51 +7,28 @@ each weight: the group runs at the speed of a dense block of k heads, and what i
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..errors import DHTError
 from .linear import activated, dropout, linear
 from .packed import Packed
 from .rotary import angles, rotate
-
-_STEPS = [0]
-"""Optimizer steps taken in this process. Fused optimizers change weights without raising their version counter, so kept
-slices have to be thrown away by this one too."""
-
-
-def _count_step(*_: object) -> None:
-    _STEPS[0] += 1
-
-
-register_optimizer_step_post_hook(_count_step)
+from .slices import DOWN, OUT, QKV, QKV_BIAS, UP, UP_BIAS, Given, Kept, Slices, Units
 
 GateTap = Callable[[str, Tensor], None]
 """Called in backward with "attention" or "ffn" and activation * gradient, [S, k, size]: summed over a row's tokens and
 the last axis it is d loss / d gate of a gate fixed at 1 on that unit's output."""
 
-
-Units = tuple[int, ...]
-"""Head units to run, in rising order."""
-
-QKV, QKV_BIAS, OUT, UP, UP_BIAS, DOWN = range(6)
-"""Places of a block's weights among those that units own."""
-
 VARIANTS = 64
 """Compiled variants of a block that are allowed before Python takes over."""
-
-KEPT_SLICES = 384
-"""Sliced copies of weights that a block keeps: six for each head set and dtype."""
 
 
 class Group(NamedTuple):
@@ -60,23 +37,6 @@ class Group(NamedTuple):
     units: Units | None
     rows: int
     tap: GateTap | None = None
-
-
-class _Scratch(threading.local):
-    """Memory for weights that are sliced for one use: writing to it again and again beats asking for new pages."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[object, ...], Tensor] = {}
-
-    def take(self, weight: Tensor, index: Tensor, place: int) -> Tensor:
-        """`weight[index]`, valid until the next call with this `place`."""
-        key = (place, weight.shape, weight.dtype, weight.device, torch.is_inference_mode_enabled())
-        if key not in self.buffers:
-            self.buffers[key] = torch.empty_like(weight)
-        return torch.index_select(weight, 0, index, out=self.buffers[key][: len(index)])
-
-
-_SCRATCH = _Scratch()
 
 
 class _Listen(torch.autograd.Function):
@@ -160,9 +120,7 @@ class Block(GradientCheckpointingLayer):
         self.attention_norm = nn.LayerNorm(width, eps=eps, bias=norm_bias) if attention_norm else nn.Identity()
         self.ffn_norm = nn.LayerNorm(width, eps=eps, bias=norm_bias)
         self.activation, self._activation = ACT2FN[activation], activation
-        self._cast: dict[torch.dtype, tuple[Tensor, ...]] = {}
-        self._kept: dict[tuple[int, Units, torch.dtype], Tensor] = {}
-        self._kept_for: tuple[float, ...] = ()
+        self._kept = Kept()
         self._compiled: Callable[..., Tensor] | None = None
         self.reset_parameters()
 
@@ -197,7 +155,7 @@ class Block(GradientCheckpointingLayer):
             lasting: True if these sets of units will be asked for again, and copies of their weights are worth keeping.
         """
         groups = groups or (Group(None, rows.lengths.numel()),)
-        slices = _Slices(self, lasting)
+        slices = Slices(self, lasting)
         if self._compiled is not None:
             return self._run_compiled(rows, groups, slices, bias)
         return self._run(rows, groups, slices, bias)
@@ -206,13 +164,23 @@ class Block(GradientCheckpointingLayer):
         """As of every module, for any number of tokens and head units; choosing the weights is left to Python.
 
         Groups then run one by one. One row or unit is a case of its own to the compiler, as are no padding, no
-        gradients, and every mix of these: more variants than it allows by default.
+        gradients, and every mix of these: more variants than it allows by default. A copy of the block is not compiled,
+        as a copy of no module is.
+
+        Raises:
+            DHTError: the weights are in int8.
         """
+        if not isinstance(self.qkv_weight, Tensor):
+            raise DHTError("compile: the blocks are in int8, allowed: float; compile a model that is not quantised")
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, VARIANTS)
         self._compiled = torch.compile(self._run_given, *args, **{"dynamic": True} | kwargs)
 
-    def _run_compiled(self, rows: Packed, groups: Sequence[Group], slices: _Slices, bias: Tensor | None) -> Tensor:
+    def __getstate__(self) -> dict[str, Any]:
+        """As of every module; what belongs to this very block, compiled code and slices of its weights, is no part."""
+        return {**super().__getstate__(), "_compiled": None, "_kept": Kept()}
+
+    def _run_compiled(self, rows: Packed, groups: Sequence[Group], slices: Slices, bias: Tensor | None) -> Tensor:
         assert self._compiled is not None
         outputs = []
         for group, part in zip(groups, rows.split([group.rows for group in groups]), strict=True):
@@ -226,9 +194,9 @@ class Block(GradientCheckpointingLayer):
 
     def _run_given(self, rows: Packed, weights: tuple[Tensor, ...], bias: Tensor | None, tap: GateTap | None) -> Tensor:
         """One group on weights that are sliced already: tensors in, tensors out."""
-        return self._run(rows, (Group(None, rows.lengths.numel(), tap),), _Given(weights), bias)
+        return self._run(rows, (Group(None, rows.lengths.numel(), tap),), Given(weights), bias)
 
-    def _run(self, rows: Packed, groups: Sequence[Group], slices: _Slices | _Given, bias: Tensor | None) -> Tensor:
+    def _run(self, rows: Packed, groups: Sequence[Group], slices: Slices | Given, bias: Tensor | None) -> Tensor:
         tokens = rows.tokens_of([group.rows for group in groups])
         hidden = rows.hidden
         source = self.attention_norm(hidden) if self.pre_norm else hidden
@@ -250,7 +218,7 @@ class Block(GradientCheckpointingLayer):
         hidden = hidden + self._drop(_joined(narrowed))
         return hidden if self.pre_norm else self.ffn_norm(hidden)
 
-    def _widen(self, source: Tensor, units: Units | None, slices: _Slices | _Given) -> Tensor:
+    def _widen(self, source: Tensor, units: Units | None, slices: Slices | Given) -> Tensor:
         """The FFN's inner activations of one group, [S, k * M/H]."""
         weight, bias = slices.of(UP, units), slices.of(UP_BIAS, units)
         if not self.gated:
@@ -266,7 +234,7 @@ class Block(GradientCheckpointingLayer):
         source: Tensor,
         groups: Sequence[Group],
         tokens: list[int],
-        slices: _Slices | _Given,
+        slices: Slices | Given,
         bias: Tensor | None,
     ) -> list[Tensor]:
         """Attention of each group's heads, [S, k * size]; neighbours of the same number of heads in one call."""
@@ -326,104 +294,11 @@ class Block(GradientCheckpointingLayer):
     def _drop(self, hidden: Tensor) -> Tensor:
         return dropout(hidden, self.dropout) if self.dropout and self.training else hidden
 
-    def _stored(self) -> tuple[Tensor, ...]:
-        """The weights as they are or, without gradients, as autocast wants them; casts last until a weight changes."""
-        stored: tuple[Tensor, ...]
-        stored = (self.qkv_weight, self.qkv_bias, self.out_weight, self.up_weight, self.up_bias, self.down_weight)
-        if self._keeps_nothing():
-            return stored
-        version = (_STEPS[0], *(x for weight in stored for x in (weight.data_ptr(), _version(weight), _probe(weight))))
-        if self._kept_for != version:
-            self._kept_for = version
-            self._kept.clear()
-            self._cast.clear()
-        kind = stored[0].device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else stored[0].dtype
-        if dtype == stored[0].dtype:
-            return stored
-        if dtype not in self._cast:
-            self._cast[dtype] = tuple(weight.to(dtype) for weight in stored)
-        return self._cast[dtype]
-
-    def _keeps_nothing(self) -> bool:
-        """True where weights belong to a graph, or are other tensors at every call: an adapter's, gathered shards."""
-        return _in_a_graph() or "parametrizations" in self._modules or isinstance(self, FSDPModule)
-
-    def _listen(self, group: Group, part: str, activation: Tensor, slices: _Slices | _Given) -> Tensor:
+    def _listen(self, group: Group, part: str, activation: Tensor, slices: Slices | Given) -> Tensor:
         if group.tap is None or not activation.requires_grad:
             return activation
         listened: Tensor = _listened(activation, group.tap, part, slices.heads(group.units))
         return listened
-
-
-class _Slices:
-    """The matrices of units during one forward of a block.
-
-    With gradients they are sliced from the weights each time. Without, those of lasting sets are kept, and those of
-    passing ones live in scratch memory until the next set's are asked for.
-    """
-
-    def __init__(self, block: Block, lasting: bool) -> None:
-        self.stored, self.lasting = block._stored(), lasting
-        self.kept, self.all_heads, self.passing = block._kept, block.heads, block._keeps_nothing()
-        self.owned = len(self.stored) if block.coupled else UP
-
-    def of(self, place: int, units: Units | None) -> Tensor:
-        """The matrix [k * rows of a unit, D], or the bias [k * rows of a unit], at `place`."""
-        weight = self.stored[place]
-        if units is None or place >= self.owned:
-            return _flat(weight, place)
-        index = _index(units, weight.device)
-        if self.passing or not (self.lasting or isinstance(weight, Tensor)):
-            return _flat(weight.index_select(0, index), place)
-        if not self.lasting:
-            return _flat(_SCRATCH.take(weight, index, place), place)
-        key = (place, units, weight.dtype)
-        if key not in self.kept:
-            if len(self.kept) >= KEPT_SLICES:
-                self.kept.pop(next(iter(self.kept)))
-            self.kept[key] = _flat(weight.index_select(0, index), place)
-        return self.kept[key]
-
-    def units_of(self, place: int, units: Units | None) -> Tensor:
-        """What `of` gives, by unit, as it is stored."""
-        weight = self.stored[place]
-        return self.of(place, units).view(-1, *weight.shape[1:])
-
-    def heads(self, units: Units | None) -> int:
-        """How many they are."""
-        return self.all_heads if units is None else len(units)
-
-
-class _Given:
-    """The weights of one group, already sliced."""
-
-    def __init__(self, weights: tuple[Tensor, ...]) -> None:
-        self.weights = weights
-
-    def of(self, place: int, _: Units | None) -> Tensor:
-        """As of `_Slices`."""
-        return _flat(self.weights[place], place)
-
-    def heads(self, _: Units | None) -> int:
-        """How many units they are."""
-        return self.weights[QKV].shape[0]
-
-
-def _in_a_graph() -> bool:
-    """True where slices belong to a graph: of gradients, of a compiler, of an export."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
-
-
-@lru_cache(maxsize=4096)
-def _index(units: Units, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # backward may hold it
-        return torch.tensor(units, device=device)
-
-
-def _flat(weight: Tensor, place: int) -> Tensor:
-    """A unit-major weight as a matrix, or a bias as a vector; nothing is copied."""
-    return weight.flatten() if place in (QKV_BIAS, UP_BIAS) else weight.flatten(0, -2)
 
 
 def _parts(tokens: Tensor, counts: list[int]) -> Sequence[Tensor]:
@@ -432,19 +307,3 @@ def _parts(tokens: Tensor, counts: list[int]) -> Sequence[Tensor]:
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _version(weight: Tensor) -> int:
-    """How often `weight` was changed in place, as far as torch counts; inference tensors are not counted."""
-    return 0 if weight.is_inference() else weight._version
-
-
-def _probe(weight: Tensor) -> float:
-    """One entry of every unit's part of a frozen weight: adapters are merged into it by a change that torch counts not.
-
-    Weights that train, as those of every loaded model, are not looked at: it is a matter of microseconds.
-    """
-    if weight.requires_grad or not isinstance(weight, nn.Parameter):
-        return 0.0
-    parts = weight.detach().flatten(1) if weight.ndim > 1 else weight.detach()[None]
-    return float(parts[:, parts.shape[1] // 2].sum())

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..plan import Account, Exit, Mode, Ran, Trace
-from .block import GateTap, Group, Units
+from .block import GateTap, Group
 from .encoder import Encoder
+from .slices import Units
 
 if TYPE_CHECKING:
     from ..policy.base import Policy

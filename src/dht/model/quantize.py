@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DHTError
+from .block import Block
 
 if TYPE_CHECKING:
     from ..hf.modeling import DHTForSequenceClassification
@@ -113,10 +114,15 @@ def quantize(model: DHTForSequenceClassification) -> DHTForSequenceClassificatio
     after loading, which takes milliseconds.
 
     Raises:
-        DHTError: the model is not on a CPU; later, on an attempt to save the quantised model.
+        DHTError: the model is not on a CPU, is compiled or carries adapters; later, on an attempt to save the quantised
+            model.
     """
     if model.device.type != "cpu":
         raise DHTError(f"quantize: the model is on {model.device}, allowed: cpu; call model.cpu() first")
+    if not all(isinstance(block, Block) for block in model.encoder.blocks):
+        raise DHTError("quantize: the blocks carry adapters; merge them first: model.merge_and_unload()")
+    if any(block._compiled for block in model.encoder.blocks):
+        raise DHTError("quantize: the model is compiled; quantise a copy.deepcopy of it, which is not")
     model.eval().requires_grad_(False)
     for block in model.encoder.blocks:
         for name, inputs in INPUT_AXIS.items():
