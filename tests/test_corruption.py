@@ -31,8 +31,8 @@ def saved(tmp_path_factory):
     return settings, settings.out, checkpoints
 
 
-SILENT = ("report.json", "run.json")
-"""Files of a run that say nothing of its model."""
+SILENT = ("README.md", "report.json", "run.json")
+"""Files of a run that say nothing of its model; the card is text for people, who edit it on the Hub."""
 
 
 def test_120_damaged_runs_are_refused_by_name_or_load_the_same(saved):

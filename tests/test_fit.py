@@ -236,6 +236,9 @@ def test_a_file_of_texts_is_enough(folders, tmp_path):
     assert report["accuracy"] is None
     assert 0.5 < report["agreement"] <= 1.0
     assert load_run(tmp_path / "b")[0].config.budget == 0.5
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "Exits and policy fitted to the untouched weights on" in card
+    assert "| accuracy |" not in card
 
 
 def test_classes_without_names_take_those_of_the_data(classifier, folders, tmp_path):

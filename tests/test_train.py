@@ -17,6 +17,7 @@ from dht.config import TrainSettings
 from dht.data import load_data
 from dht.errors import CheckpointError, ConfigError, DHTError
 from dht.load import load_run
+from launching import launch
 
 FIELDS = {
     "accuracy", "macro_f1", "num_examples", "budget", "policy", "search", "seed", "flops_fraction", "time_fraction",
@@ -197,6 +198,22 @@ def test_a_folder_with_a_run_is_not_overwritten_unasked(settings, finished):
     with pytest.raises(DHTError, match="already holds files; give another folder, --resume to go on, or --overwrite"):
         training.train(replace(settings, out=finished[0]))
     assert (finished[0] / "report.json").read_bytes() == before
+
+
+def test_several_processes_train_one_run(settings, tmp_path):
+    out = tmp_path / "run"
+    said = launch(
+        "accelerate", "-m", "dht", "train", "--data", settings.data, "--model", settings.model, "--out", out,
+        "--budget", "0.4", "--epochs", "0.5", "--batch-size", "16", "--lr", "1e-3", "--max-length", "48",
+        "--device", "cpu", "--save-every", "5",
+    )  # fmt: skip
+    assert said.count("timing dense training steps") == 1, "one process speaks"
+    report = json.loads((out / "report.json").read_text())
+    assert set(report) >= FIELDS
+    assert report["train_flops_fraction"] > 0
+    assert load_run(out)[0].config.budget == 0.4
+    assert not (out / "checkpoints").exists()
+    assert "| accuracy |" in (out / "README.md").read_text()
 
 
 def test_resume_without_a_checkpoint(settings, tmp_path):

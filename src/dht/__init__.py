@@ -14,6 +14,7 @@ _WHERE = {
     "Plan": "dht.plan",
     "Trace": "dht.plan",
     "load_data": "dht.data",
+    "quantize": "dht.model.quantize",
 }
 __all__ = ["__version__", *_WHERE]
 

@@ -144,7 +144,8 @@ def train(
         else:
             _say("interrupted before the first checkpoint; --save-every N makes them more often")
         raise typer.Exit(130) from None
-    print_report(report, Console())
+    if report:  # only the first rank has one
+        print_report(report, Console())
 
 
 @app.command()

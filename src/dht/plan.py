@@ -152,6 +152,13 @@ class Account:
             flops += spent[(self.units.any(-1).sum(-1) + 1).clamp_max(self.cost.layers)]
         return flops
 
+    def of(self, rows: Tensor) -> Account:
+        """The account of some rows (int64 [R]) alone."""
+        part = Account(self.cost, self.lengths[rows])
+        sums = {name: getattr(self, name)[rows] for name in ("units", "dense_flops", "layer_flops", "flops")}
+        part.__dict__.update(sums)
+        return part
+
 
 def _group_of(ran: Ran) -> Tensor:
     """int64 [R], the group of each row."""
@@ -179,6 +186,18 @@ class Trace:
     decisions: list[tuple[Tensor, Decision]] = field(default_factory=list)
     gate_grads: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
     policy_seconds: float = 0.0
+
+    def __getitem__(self, row: int) -> Trace:
+        """What ran for one row, as a batch of that row; without what the policy learns from.
+
+        Raises:
+            IndexError: no such row.
+        """
+        if not -len(self.units) <= row < len(self.units):
+            raise IndexError(f"row {row} of a trace of {len(self.units)} rows")
+        at = torch.arange(len(self.units), device=self.units.device)[[row]]
+        exits = [Exit(e.layer, torch.zeros_like(at), e.logits[e.rows == at]) for e in self.exits if at in e.rows]
+        return Trace(self.account.of(at), exits, self.logits[at], policy_seconds=self.policy_seconds / len(self.units))
 
     @property
     def units(self) -> Tensor:

@@ -25,8 +25,10 @@ from .calibrate import calibrate
 from .checkpoints import complete_checkpoints, newest_whole, remove_incomplete
 from .config import TrainSettings
 from .data import TextData, balanced_weights, load_data
+from .distributed import join, rank, ranks, wait
 from .errors import DHTError
 from .guarded import GuardedTrainer
+from .hf.card import CARD, write_card
 from .hf.convert import FAMILIES, export
 from .hf.modeling import DHTForSequenceClassification
 from .load import build, by_length, collate, device_of, tokenise
@@ -78,6 +80,9 @@ def train(
 ) -> dict[str, Any]:
     """Trains, evaluates on the test split, fills `settings.out`, and returns the report.
 
+    Started by `accelerate launch` or `torchrun`, all ranks train together; only the first one evaluates, writes and
+    speaks, and the others return nothing.
+
     Args:
         data: train, validation and perhaps test split; None = loaded as `settings.data` says.
         resume: go on from the last complete checkpoint in `settings.out`.
@@ -89,6 +94,8 @@ def train(
         KeyboardInterrupt: passed on; the last checkpoint stays usable.
     """
     fitted = fit(settings, resume=resume, overwrite=overwrite, say=say, data=data)
+    if rank():
+        return {}
     model, tokenizer, data, report = fitted.model, fitted.tokenizer, fitted.data, fitted.report
     if fitted.history:
         write_json(settings.out / "history.json", fitted.history)
@@ -126,14 +133,21 @@ def fit(
     settings.check()
     device = device_of(settings.device)
     checkpoints = settings.out / "checkpoints"
+    join(settings.device == "cpu")
+    if rank():
+        say = lambda _: None  # noqa: E731
     start = None
     if resume:
         start, problems = newest_whole(checkpoints)
         for problem in problems:
             say(f"{problem}; an earlier checkpoint is whole")
-        remove_incomplete(checkpoints)
-    else:
-        claim_folder(settings.out, overwrite)
+    wait()  # every rank has found the checkpoint
+    if not rank():
+        if start:
+            remove_incomplete(checkpoints)
+        else:
+            claim_folder(settings.out, overwrite)
+    wait()
     data = data or load_data(
         settings.data, text_column=settings.text_column, label_column=settings.label_column, seed=settings.seed,
         splits=("train", "validation"), optional=("test",),
@@ -147,7 +161,8 @@ def fit(
     model, tokenizer = build(settings, data.label_names, options)
     cast(nn.Module, model).to(device)
     rows = {name: tokenise(tokenizer, getattr(data, name), settings.max_length) for name in ("train", "validation")}
-    write_json(settings.out / "run.json", settings.as_json())
+    if not rank():
+        write_json(settings.out / "run.json", settings.as_json())
     if start:
         say(f"resuming from {start}")
 
@@ -182,7 +197,8 @@ def _run(trainer: Trainer, checkpoints: Path, start: Path | None) -> None:
         with explained(checkpoints):
             trainer.train(resume_from_checkpoint=str(start) if start else None)
     except DHTError as error:
-        remove_incomplete(checkpoints)
+        if not rank():
+            remove_incomplete(checkpoints)
         whole = complete_checkpoints(checkpoints)
         if not whole:
             raise
@@ -200,9 +216,8 @@ def claim_folder(out: Path, overwrite: bool) -> None:
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise DHTError(f"--out: {out} already holds files; give another folder, --resume to go on, or --overwrite")
-        for name in (
-            MANIFEST, "checkpoints", "report.json", "history.json", "run.json", "model.safetensors", "config.json"
-        ):  # fmt: skip
+        files = ("report.json", "history.json", "run.json", CARD, "model.safetensors", "config.json")
+        for name in (MANIFEST, "checkpoints", *files):
             path = out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     try:
@@ -288,7 +303,7 @@ def calibrated(
     with autocast(model.device, getattr(torch, settings.dtype)):
         passes = calibrate(model, sample)
     dense = sum(float(model.encoder.cost.dense(batch["attention_mask"].sum(-1)).sum()) for batch in sample)
-    return Ledger(executed=passes * dense / len(sample))
+    return Ledger(executed=passes * dense / len(sample) * ranks())
 
 
 def _sample(
@@ -378,6 +393,7 @@ def save_run(
         (out / MANIFEST).unlink(missing_ok=True)
         tokenizer.save_pretrained(out)
         write_json(out / "report.json", report)
+        write_card(out, model, report)
         model.save_pretrained(staged)
         for name in ("model.safetensors", "config.json"):
             (staged / name).replace(out / name)

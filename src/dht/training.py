@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from .curve import measure_curve
+from .distributed import merge_policy, rank, ranks, total
 from .errors import NonFiniteError
 from .guarded import GuardedTrainer
 from .hf.modeling import DHTForSequenceClassification, exit_loss
@@ -59,10 +60,10 @@ class Ledger(TrainerCallback, ExportableState):
         """Training FLOPs executed so far as a fraction of dense training's."""
         return self.executed / self.dense if self.dense else 0.0
 
-    def step(self, trace: Trace) -> None:
-        """Counts one training step: forward and backward of the trace, and of the dense model."""
-        self.executed += (1 + BACKWARD) * float(trace.flops.sum())
-        self.dense += (1 + BACKWARD) * float(trace.dense_flops.sum())
+    def step(self, flops: float, dense_flops: float) -> None:
+        """Counts forward and backward of one training step, given its forward FLOPs and those of the dense model."""
+        self.executed += (1 + BACKWARD) * flops
+        self.dense += (1 + BACKWARD) * dense_flops
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if len(state.log_history) > LONGEST_LOG:
@@ -88,6 +89,9 @@ class DHTTrainer(GuardedTrainer):
     first-epoch rows (their quality is read before the update) and, every `feedback_every` steps, a batch of held-out
     rows that runs to full depth without gradients. The price moves after every step.
 
+    A step is an optimizer step: with gradient accumulation, or on several ranks, all batches of it are decided by the
+    same policy, which then learns from all of them at once, is equal on all ranks, and moves its price once.
+
     Args:
         feedback: returns the i-th batch of held-out labelled rows, on the model's device; None = first-epoch rows only.
         schedule: budget over training.
@@ -111,7 +115,11 @@ class DHTTrainer(GuardedTrainer):
         self.schedule, self.feedback = schedule, feedback
         self.price_rate, self.feedback_every = price_rate, feedback_every
         self.model_accepts_loss_kwargs = False
-        self._trace: Trace | None = None
+        if self.args.ddp_find_unused_parameters is None:
+            self.args.ddp_find_unused_parameters = True  # ranks skip different layers
+        self._traces: list[tuple[Trace, Tensor]] = []
+        self._losses: list[Tensor] = []
+        self._probed = 0.0
 
     @property
     def ledger(self) -> Ledger:
@@ -132,7 +140,7 @@ class DHTTrainer(GuardedTrainer):
         output = model(**inputs, every_exit=training, mode=self._mode() if training else "exploit", tap_gates=training)
         loss = exit_loss(output.trace, labels, self.dynamic.config.class_weights)
         if training:
-            self._trace, self._labels = output.trace, labels
+            self._traces.append((output.trace, labels))
         return (loss, output) if return_outputs else loss
 
     def _mode(self) -> Mode:
@@ -141,37 +149,73 @@ class DHTTrainer(GuardedTrainer):
         return "survey" if share and self.state.global_step % round(1 / share) == 0 else "explore"
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One forward and backward, then what the policy learns from it."""
-        mode = self._mode()
-        self._trace = None
+        """One forward and backward; with the last batch of an optimizer step, the policy learns from all of them."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        trace = cast("Trace | None", self._trace)  # None: the forward was refused half-way
-        if trace is not None:
-            self.ledger.step(trace)
-            if bool(loss.isfinite()):
-                try:
-                    self._learn(trace, mode, float(loss))
-                except NonFiniteError as error:
-                    self.refuse(str(error))
-        self.dynamic.policy.finish_step()
-        self._trace = None
+        self._losses.append(loss)
+        if self.accelerator.sync_gradients:
+            self._learn()
         return loss
 
-    def _learn(self, trace: Trace, mode: Mode, loss: float) -> None:
-        """Pays the arms with what the step showed, and moves the price."""
+    @torch.no_grad()
+    def _learn(self) -> None:
+        """One step of the policy: the traces of all accumulated batches and all ranks, then the price.
+
+        Of an update that any rank refuses, no rank's policy learns; what was executed counts all the same.
+        """
         policy, step = self.dynamic.policy, self.state.global_step
-        target = self.schedule.at(step / max(self.state.max_steps, 1))
-        with torch.no_grad():
-            policy.observe_units(trace)
-            if self.feedback is None or (self.state.epoch or 0.0) < 1.0:
-                policy.observe(trace, quality(trace, self._labels, self.dynamic.config.reward))
-            if self.feedback is not None and step % self.feedback_every == 0:
-                self.probe(self.feedback(step // self.feedback_every))
-            price = float(policy.price)
-            if mode == "explore":  # a survey is not what the price asked for
-                price = dual_ascent(price, trace.flops_fraction, target, self.price_rate)
+        base = policy.snapshot()
+        whole = all(bool(loss.isfinite()) for loss in self._losses)
+        if whole:
+            try:
+                self._observe()
+            except NonFiniteError as error:
+                self.refuse(str(error))
+                whole = False
+        sums = [
+            sum(float(trace.flops.sum()) for trace, _ in self._traces),
+            sum(float(trace.dense_flops.sum()) for trace, _ in self._traces),
+            sum(float(loss) for loss in self._losses) / ranks(),
+            float(not whole),
+        ]
+        flops, dense, loss, refusing = total(
+            torch.tensor(sums, dtype=torch.float64, device=policy.price.device)
+        ).tolist()
+        self.ledger.step(flops, dense)
+        self._count_probes()
+        if refusing:
+            policy.merge(base, [])
+        else:
+            merge_policy(policy, base)
+            price, target = float(policy.price), self.schedule.at(step / max(self.state.max_steps, 1))
+            if self._mode() == "explore":  # a survey is not what the price asked for
+                price = dual_ascent(price, flops / dense, target, self.price_rate)
                 policy.price.fill_(price)
-        self.ledger.note(step, trace.flops_fraction, target, price, loss)
+            self.ledger.note(step, flops / dense, target, price, loss)
+        policy.finish_step()
+        self._traces, self._losses = [], []
+
+    def _observe(self) -> None:
+        """Pays the arms with what this rank's batches showed, and now and then with held-out rows."""
+        policy, step = self.dynamic.policy, self.state.global_step
+        policy.observe_units(*(trace for trace, _ in self._traces))
+        for trace, labels in self._traces:
+            if self.feedback is None or (self.state.epoch or 0.0) < 1.0:
+                policy.observe(trace, quality(trace, labels, self.dynamic.config.reward))
+        if self.feedback is not None and step % self.feedback_every == 0:
+            self.probe(self.feedback(step // self.feedback_every * ranks() + rank()))
+
+    def _count_probes(self) -> None:
+        """Adds the probes of all ranks since the last call to the ledger."""
+        probed = torch.tensor(self._probed, dtype=torch.float64, device=self.dynamic.policy.price.device)
+        self.ledger.executed += float(total(probed))
+        self._probed = 0.0
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As `Trainer` does, with what the policy spends beside the loss: `flops_fraction`, `flops_target`, `price`."""
+        if "loss" in logs and self.ledger.history:
+            last = self.ledger.history[-1]
+            logs |= {"flops_fraction": last["fraction"], "flops_target": last["target"], "price": last["price"]}
+        super().log(logs, *args, **kwargs)
 
     def probe(self, batch: dict[str, Tensor]) -> Trace:
         """Runs held-out rows to full depth, without gradients, and lets the policy learn from every exit."""
@@ -182,13 +226,15 @@ class DHTTrainer(GuardedTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             trace: Trace = model(**inputs, mode="probe").trace
         model.train(was_training)
+        self._probed += float(trace.flops.sum())
         model.policy.observe(trace, quality(trace, batch["labels"], model.config.reward))
-        self.ledger.executed += float(trace.flops.sum())
         return trace
 
 
 def finish(trainer: DHTTrainer, batches: list[dict[str, Tensor]], budget: float, passes: int = 1) -> None:
     """Readies the policy for serving once the weights are final: fresh probes, head sets, price curve, budget.
+
+    Ranks do all of it alike, each on all batches, so that they end with the same policy.
 
     Args:
         batches: held-out labelled rows.
@@ -202,5 +248,6 @@ def finish(trainer: DHTTrainer, batches: list[dict[str, Tensor]], budget: float,
                 contexts.append(trainer.probe(batch).context)
                 policy.finish_step()
         policy.fix_head_sets(torch.cat(contexts))
+    trainer._count_probes()
     with trainer.compute_loss_context_manager():
-        trainer.ledger.executed += measure_curve(trainer.dynamic, batches, budget)
+        trainer.ledger.executed += measure_curve(trainer.dynamic, batches, budget) * ranks()

@@ -213,3 +213,18 @@ def test_bfloat16_is_close_to_the_reference():
         exits = torch.stack(reference(model.encoder, plan, **inputs), 1)
     slow = exits[torch.arange(7), plan.layers - 1]
     assert (fast.logits.float() - slow).abs().max() < 0.05 * slow.abs().max()
+
+
+def test_a_trace_of_one_row():
+    model = dynamic_model()
+    inputs = batch()
+    trace = model(**inputs, policy=FixedPlan(random_plan(7))).trace
+    for row in (0, 3, -1):
+        one = trace[row]
+        assert torch.equal(one.units[0], trace.units[row])
+        assert one.flops_fraction == pytest.approx(float(trace.flops[row] / trace.dense_flops[row]))
+        assert torch.equal(one.logits[0], trace.logits[row])
+        assert len(one.exits) == int(trace.layers[row])
+        assert torch.equal(one.exits[-1].logits[0], trace.logits[row])
+    with pytest.raises(IndexError, match="row 7 of a trace of 7 rows"):
+        trace[7]

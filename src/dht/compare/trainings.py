@@ -138,7 +138,7 @@ class CountingTrainer(GuardedTrainer):
             trace = run_layers(self.accelerator.unwrap_model(model), inputs, self.keep(progress, self.generator))
         else:
             trace = model(**inputs, every_exit=self.mean_of_exits).trace
-        self.ledger.step(trace)
+        self.ledger.step(float(trace.flops.sum()), float(trace.dense_flops.sum()))
         return mean_exit_loss(trace, labels) if self.mean_of_exits else exit_loss(trace, labels)
 
 

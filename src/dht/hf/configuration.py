@@ -78,7 +78,7 @@ class DHTConfig(PreTrainedConfig):
     """
 
     model_type = "dht"
-    keys_to_ignore_at_inference = ("trace",)
+    keys_to_ignore_at_inference = ["trace"]  # noqa: RUF012  (`Trainer` adds lists to it)
 
     vocab_size: int = 30522
     hidden_size: int = 384

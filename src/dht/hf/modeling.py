@@ -17,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.generic import ModelOutput
 from transformers.utils.hub import cached_file
 
+from ..errors import ConfigError
 from ..manifest import COMPLETE, MANIFEST, verify
 from ..model.block import Block
 from ..model.encoder import Encoder, ExitHead
@@ -54,7 +55,9 @@ class DHTForSequenceClassification(PreTrainedModel):
     config_class = DHTConfig
     base_model_prefix = "encoder"
     main_input_name = "input_ids"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a mean over the batch's rows, whatever the batches accumulated with it
+    _no_split_modules = ["Block"]  # noqa: RUF012
     _supports_sdpa = True
 
     def __init__(self, config: DHTConfig) -> None:
@@ -94,6 +97,23 @@ class DHTForSequenceClassification(PreTrainedModel):
         if state:
             model.policy.load_state_dict({k: v.to(model.device) for k, v in state.items()}, assign=True)
         return loaded
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        """As in `transformers`, block by block.
+
+        Raises:
+            ConfigError: the reentrant variant, which would lose the gradients of packed rows.
+        """
+        function = kwargs.get("gradient_checkpointing_func")
+        if getattr(function, "keywords", {}).get("use_reentrant"):
+            raise ConfigError("gradient_checkpointing_kwargs: got use_reentrant=True, allowed: use_reentrant=False")
+        super()._set_gradient_checkpointing(*args, **kwargs)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the blocks (arguments of `torch.compile`), not the loop over layers, where the policy decides."""
+        for block in self.encoder.modules():
+            if isinstance(block, Block):  # an adapter's wrapper around it is not
+                block.compile(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[Any], *args: Any, **kwargs: Any) -> None:
         """Saves as every model of `transformers` does; checksums of what is replaced there go."""

@@ -7,46 +7,28 @@ each weight: the group runs at the speed of a dense block of k heads, and what i
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..errors import DHTError
 from .linear import activated, dropout, linear
 from .packed import Packed
-from .rotary import rotate
-
-_STEPS = [0]
-"""Optimizer steps taken in this process. Fused optimizers change weights without raising their version counter, so kept
-slices have to be thrown away by this one too."""
-
-
-def _count_step(*_: object) -> None:
-    _STEPS[0] += 1
-
-
-register_optimizer_step_post_hook(_count_step)
+from .rotary import angles, rotate
+from .slices import DOWN, OUT, QKV, QKV_BIAS, UP, UP_BIAS, Given, Kept, Slices, Units
 
 GateTap = Callable[[str, Tensor], None]
 """Called in backward with "attention" or "ffn" and activation * gradient, [S, k, size]: summed over a row's tokens and
 the last axis it is d loss / d gate of a gate fixed at 1 on that unit's output."""
 
-
-Units = tuple[int, ...]
-"""Head units to run, in rising order."""
-
-QKV, QKV_BIAS, OUT, UP, UP_BIAS, DOWN = range(6)
-"""Places of a block's weights among those that units own."""
-
-KEPT_SLICES = 384
-"""Sliced copies of weights that a block keeps: six for each head set and dtype."""
+VARIANTS = 64
+"""Compiled variants of a block that are allowed before Python takes over."""
 
 
 class Group(NamedTuple):
@@ -57,24 +39,29 @@ class Group(NamedTuple):
     tap: GateTap | None = None
 
 
-class _Scratch(threading.local):
-    """Memory for weights that are sliced for one use: writing to it again and again beats asking for new pages."""
+class _Listen(torch.autograd.Function):
+    """The identity; in backward the tap gets activation * gradient.
 
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[object, ...], Tensor] = {}
+    The activation is saved as autograd saves it, not held by a hook: gradient checkpointing can drop and recompute it.
+    """
 
-    def take(self, weight: Tensor, index: Tensor, place: int) -> Tensor:
-        """`weight[index]`, valid until the next call with this `place`."""
-        key = (place, weight.shape, weight.dtype, weight.device, torch.is_inference_mode_enabled())
-        if key not in self.buffers:
-            self.buffers[key] = torch.empty_like(weight)
-        return torch.index_select(weight, 0, index, out=self.buffers[key][: len(index)])
+    @staticmethod
+    def forward(ctx: Any, activation: Tensor, tap: GateTap, part: str, units: int) -> Tensor:
+        ctx.save_for_backward(activation)
+        ctx.tap, ctx.part, ctx.units = tap, part, units
+        return activation.view_as(activation)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (activation,) = ctx.saved_tensors
+        ctx.tap(ctx.part, (grads[0] * activation).unflatten(-1, (ctx.units, -1)))
+        return grads[0], None, None, None
 
 
-_SCRATCH = _Scratch()
+_listened = torch.compiler.disable(_Listen.apply)
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """Attention and FFN with residual connections and layer norm, after (`post`) or before (`pre`) each part.
 
     Args:
@@ -133,9 +120,8 @@ class Block(nn.Module):
         self.attention_norm = nn.LayerNorm(width, eps=eps, bias=norm_bias) if attention_norm else nn.Identity()
         self.ffn_norm = nn.LayerNorm(width, eps=eps, bias=norm_bias)
         self.activation, self._activation = ACT2FN[activation], activation
-        self._cast: dict[torch.dtype, tuple[Tensor, ...]] = {}
-        self._kept: dict[tuple[int, Units, torch.dtype], Tensor] = {}
-        self._kept_for: tuple[int, ...] = ()
+        self._kept = Kept()
+        self._compiled: Callable[..., Tensor] | None = None
         self.reset_parameters()
 
     def _add_bias(self, name: str, learned: bool, *shape: int) -> None:
@@ -169,14 +155,55 @@ class Block(nn.Module):
             lasting: True if these sets of units will be asked for again, and copies of their weights are worth keeping.
         """
         groups = groups or (Group(None, rows.lengths.numel()),)
+        slices = Slices(self, lasting)
+        if self._compiled is not None:
+            return self._run_compiled(rows, groups, slices, bias)
+        return self._run(rows, groups, slices, bias)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As of every module, for any number of tokens and head units; choosing the weights is left to Python.
+
+        Groups then run one by one. One row or unit is a case of its own to the compiler, as are no padding, no
+        gradients, and every mix of these: more variants than it allows by default. A copy of the block is not compiled,
+        as a copy of no module is.
+
+        Raises:
+            DHTError: the weights are in int8.
+        """
+        if not isinstance(self.qkv_weight, Tensor):
+            raise DHTError("compile: the blocks are in int8, allowed: float; compile a model that is not quantised")
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, VARIANTS)
+        self._compiled = torch.compile(self._run_given, *args, **{"dynamic": True} | kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As of every module; what belongs to this very block, compiled code and slices of its weights, is no part."""
+        return {**super().__getstate__(), "_compiled": None, "_kept": Kept()}
+
+    def _run_compiled(self, rows: Packed, groups: Sequence[Group], slices: Slices, bias: Tensor | None) -> Tensor:
+        assert self._compiled is not None
+        outputs = []
+        for group, part in zip(groups, rows.split([group.rows for group in groups]), strict=True):
+            part.lay_out(self.window)
+            if self.rotary is not None:
+                angles(part, self.qkv_weight.shape[2], self.rotary)
+            weights = tuple(slices.units_of(place, group.units) for place in range(len(slices.stored)))
+            shift = None if bias is None else self._bias_of(bias, [group])
+            outputs.append(self._compiled(part, weights, shift, group.tap))
+        return _joined(outputs)
+
+    def _run_given(self, rows: Packed, weights: tuple[Tensor, ...], bias: Tensor | None, tap: GateTap | None) -> Tensor:
+        """One group on weights that are sliced already: tensors in, tensors out."""
+        return self._run(rows, (Group(None, rows.lengths.numel(), tap),), Given(weights), bias)
+
+    def _run(self, rows: Packed, groups: Sequence[Group], slices: Slices | Given, bias: Tensor | None) -> Tensor:
         tokens = rows.tokens_of([group.rows for group in groups])
-        slices = _Slices(self, lasting)
         hidden = rows.hidden
         source = self.attention_norm(hidden) if self.pre_norm else hidden
         mixed = self._attend(rows, source, groups, tokens, slices, bias)
         projected = []
         for group, part in zip(groups, mixed, strict=True):
-            self._listen(group, "attention", part)
+            part = self._listen(group, "attention", part, slices)
             projected.append(linear(part, slices.of(OUT, group.units).t(), self.out_bias))
         hidden = hidden + self._drop(_joined(projected))
         if not self.pre_norm:
@@ -186,12 +213,12 @@ class Block(nn.Module):
         for group, part in zip(groups, _parts(source, tokens), strict=True):
             inner = self._widen(part, group.units, slices)
             if self.coupled:
-                self._listen(group, "ffn", inner)
+                inner = self._listen(group, "ffn", inner, slices)
             narrowed.append(linear(inner, slices.of(DOWN, group.units).t(), self.down_bias))
         hidden = hidden + self._drop(_joined(narrowed))
         return hidden if self.pre_norm else self.ffn_norm(hidden)
 
-    def _widen(self, source: Tensor, units: Units | None, slices: _Slices) -> Tensor:
+    def _widen(self, source: Tensor, units: Units | None, slices: Slices | Given) -> Tensor:
         """The FFN's inner activations of one group, [S, k * M/H]."""
         weight, bias = slices.of(UP, units), slices.of(UP_BIAS, units)
         if not self.gated:
@@ -207,12 +234,14 @@ class Block(nn.Module):
         source: Tensor,
         groups: Sequence[Group],
         tokens: list[int],
-        slices: _Slices,
+        slices: Slices | Given,
         bias: Tensor | None,
     ) -> list[Tensor]:
         """Attention of each group's heads, [S, k * size]; neighbours of the same number of heads in one call."""
         parts = _parts(source, tokens)
-        bands = [list(band) for _, band in groupby(range(len(groups)), lambda i: self._heads_of(groups[i]))]
+        bands = [[0]]
+        if len(groups) > 1:
+            bands = [list(band) for _, band in groupby(range(len(groups)), lambda i: slices.heads(groups[i].units))]
         layouts = rows.split([sum(groups[i].rows for i in band) for band in bands])
         mixed: list[Tensor] = []
         for band, layout in zip(bands, layouts, strict=True):
@@ -220,12 +249,9 @@ class Block(nn.Module):
                 linear(parts[i], slices.of(QKV, groups[i].units), slices.of(QKV_BIAS, groups[i].units)) for i in band
             ]
             shift = None if bias is None else self._bias_of(bias, [groups[i] for i in band])
-            whole = self._mix(layout, _joined(qkv), self._heads_of(groups[band[0]]), shift)
+            whole = self._mix(layout, _joined(qkv), slices.heads(groups[band[0]].units), shift)
             mixed += _parts(whole, [tokens[i] for i in band]) if len(band) > 1 else [whole]
         return mixed
-
-    def _heads_of(self, group: Group) -> int:
-        return self.heads if group.units is None else len(group.units)
 
     @staticmethod
     def _bias_of(bias: Tensor, groups: list[Group]) -> Tensor:
@@ -268,77 +294,11 @@ class Block(nn.Module):
     def _drop(self, hidden: Tensor) -> Tensor:
         return dropout(hidden, self.dropout) if self.dropout and self.training else hidden
 
-    def _stored(self) -> tuple[Tensor, ...]:
-        """The weights as they are or, without gradients, as autocast wants them; casts last until a weight changes."""
-        stored: tuple[Tensor, ...]
-        stored = (self.qkv_weight, self.qkv_bias, self.out_weight, self.up_weight, self.up_bias, self.down_weight)
-        if _keeps_nothing():
-            return stored
-        version = (_STEPS[0], *(x for weight in stored for x in (weight.data_ptr(), _version(weight))))
-        if self._kept_for != version:
-            self._kept_for = version
-            self._kept.clear()
-            self._cast.clear()
-        kind = stored[0].device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else stored[0].dtype
-        if dtype == stored[0].dtype:
-            return stored
-        if dtype not in self._cast:
-            self._cast[dtype] = tuple(weight.to(dtype) for weight in stored)
-        return self._cast[dtype]
-
-    def _listen(self, group: Group, part: str, activation: Tensor) -> None:
-        tap = group.tap
-        if tap is None or not activation.requires_grad:
-            return
-        kept, units = activation.detach(), self._heads_of(group)
-        activation.register_hook(lambda grad: tap(part, (grad * kept).unflatten(-1, (units, -1))))
-
-
-class _Slices:
-    """The matrices of units during one forward of a block.
-
-    With gradients they are sliced from the weights each time. Without, those of lasting sets are kept, and those of
-    passing ones live in scratch memory until the next set's are asked for.
-    """
-
-    def __init__(self, block: Block, lasting: bool) -> None:
-        self.stored, self.lasting = block._stored(), lasting
-        self.kept = block._kept
-        self.owned = len(self.stored) if block.coupled else UP
-
-    def of(self, place: int, units: Units | None) -> Tensor:
-        """The matrix [k * rows of a unit, D], or the bias [k * rows of a unit], at `place`."""
-        weight = self.stored[place]
-        if units is None or place >= self.owned:
-            return _flat(weight, place)
-        index = _index(units, weight.device)
-        if _keeps_nothing():
-            return _flat(weight.index_select(0, index), place)
-        if not self.lasting:
-            return _flat(_SCRATCH.take(weight, index, place), place)
-        key = (place, units, weight.dtype)
-        if key not in self.kept:
-            if len(self.kept) >= KEPT_SLICES:
-                self.kept.pop(next(iter(self.kept)))
-            self.kept[key] = _flat(weight.index_select(0, index), place)
-        return self.kept[key]
-
-
-def _keeps_nothing() -> bool:
-    """True where slices belong to a graph: of gradients, of a compiler, of an export."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
-
-
-@lru_cache(maxsize=4096)
-def _index(units: Units, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # backward may hold it
-        return torch.tensor(units, device=device)
-
-
-def _flat(weight: Tensor, place: int) -> Tensor:
-    """A unit-major weight as a matrix, or a bias as a vector; nothing is copied."""
-    return weight.flatten() if place in (QKV_BIAS, UP_BIAS) else weight.flatten(0, -2)
+    def _listen(self, group: Group, part: str, activation: Tensor, slices: Slices | Given) -> Tensor:
+        if group.tap is None or not activation.requires_grad:
+            return activation
+        listened: Tensor = _listened(activation, group.tap, part, slices.heads(group.units))
+        return listened
 
 
 def _parts(tokens: Tensor, counts: list[int]) -> Sequence[Tensor]:
@@ -347,8 +307,3 @@ def _parts(tokens: Tensor, counts: list[int]) -> Sequence[Tensor]:
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _version(weight: Tensor) -> int:
-    """How often `weight` was changed in place, as far as torch counts; inference tensors are not counted."""
-    return 0 if weight.is_inference() else weight._version

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.activations import ACT2FN
 
 from ..cost import CostModel
@@ -243,6 +244,11 @@ class Encoder(nn.Module):
             width, heads, config.intermediate_size, layers, classes, config.ffn == "coupled", last.queries is not None,
             config.gated_ffn, config.embedding_size or width,
         )  # fmt: skip
+
+    @property
+    def sharded(self) -> bool:
+        """True if the blocks are shards of FSDP2 (`fully_shard`), whose calls gather them from all ranks."""
+        return isinstance(self.blocks[0], FSDPModule)
 
     def pool(self, layer: int, rows: Packed) -> Tensor:
         """[R, D], what the exit after `layer` in 1..N reads of the rows."""

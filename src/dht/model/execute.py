@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..plan import Account, Exit, Mode, Ran, Trace
-from .block import GateTap, Group, Units
+from .block import GateTap, Group
 from .encoder import Encoder
+from .slices import Units
 
 if TYPE_CHECKING:
     from ..policy.base import Policy
@@ -48,7 +49,7 @@ def execute(
     Raises:
         ValueError: a row has no real token.
     """
-    from ..policy.base import View
+    from ..policy.base import View, nobody
 
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -60,15 +61,16 @@ def execute(
     trace = Trace(account)
     logits: Tensor | None = None
     previous: Tensor | None = None
+    in_step = encoder.sharded  # every rank then has to call every block, if need be with no rows
 
     for layer in range(num_layers):
-        if not packed.rows.numel():
+        if not packed.rows.numel() and not in_step:
             break
         started = time.perf_counter()
         view = View(layer, packed, logits, previous, input_ids, attention_mask, trace, mode)
         with torch.no_grad():  # a choice has no gradient, and what a policy keeps may come from inference
-            decision = policy.decide(view)
-        if learns:
+            decision = policy.decide(view) if packed.rows.numel() else nobody(packed.rows, cost.heads)
+        if learns and packed.rows.numel():
             trace.decisions.append((packed.rows, decision))
         trace.policy_seconds += time.perf_counter() - started
 
@@ -85,7 +87,7 @@ def execute(
                 trace.exits.append(Exit(layer, left.rows, encoder.exit(layer, left)))
                 account.left.append((left.rows, left.lengths, encoder.attends(layer)))
             order = order[leaving:]
-            if not order.numel():
+            if not order.numel() and not in_step:
                 break
             packed = packed.select(order)
             logits = None if logits is None else logits[order]
@@ -94,7 +96,7 @@ def execute(
         used = [(i, tuple(h for h, on in enumerate(sets[i]) if on), count) for i, count in enumerate(counts) if count]
         chosen = [None if len(units) == cost.heads else units for _, units, _ in used]
         taps: list[GateTap | None] = [None] * len(used)
-        if tap_gates:
+        if tap_gates and used:
             gates = trace.gate_grads.setdefault(layer, [])
             layouts = packed.split([count for *_, count in used])
             taps = [
@@ -106,7 +108,8 @@ def execute(
         ran = Ran(
             layer, packed.rows, packed.lengths, [(decision.sets[i], len(units), count) for i, units, count in used]
         )
-        account.ran.append(ran)
+        if used:
+            account.ran.append(ran)
         previous, logits = logits, None
         if policy.reads_exits or every_exit or layer == num_layers - 1:
             logits = encoder.exit(layer + 1, packed)

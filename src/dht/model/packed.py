@@ -78,6 +78,10 @@ class Packed:
             self.tables[known] = (band[None, None] if real is None else (band & real) | ~real.mT,)
         return self.tables[known][0]
 
+    def lay_out(self, window: int | None) -> None:
+        """Works out what attention needs of the layout, which the groups and layers that share it then find done."""
+        _ = self.equal or self.slot, self.mask if window is None else self.near(window)
+
     def first(self) -> Tensor:
         """[R, D], each row's first token."""
         return self.hidden[self.starts]
@@ -85,7 +89,7 @@ class Packed:
     def mean(self) -> Tensor:
         """[R, D], mean over each row's tokens."""
         if self.equal:
-            return self.hidden.view(self.lengths.numel(), self.max_length, -1).mean(1)
+            return self.hidden.view(self.lengths.numel(), self.max_length, self.hidden.shape[-1]).mean(1)
         total = self.hidden.new_zeros(self.lengths.numel(), self.hidden.shape[-1])
         return total.index_add(0, self.token_row, self.hidden) / self.lengths[:, None].to(self.hidden.dtype)
 
@@ -99,7 +103,7 @@ class Packed:
         scores = scores.float()  # an exponential is not for half precision
         if self.equal:
             weight = scores.view(rows, self.max_length, heads).softmax(1).to(self.hidden.dtype)
-            tokens = self.hidden.view(rows, self.max_length, heads, -1)
+            tokens = self.hidden.view(rows, self.max_length, heads, self.hidden.shape[-1] // heads)
             return (tokens * weight[..., None]).sum(1).flatten(1)
         index = self.token_row[:, None].expand_as(scores)
         highest = scores.new_full((rows, heads), -torch.inf).scatter_reduce(0, index, scores.detach(), "amax")

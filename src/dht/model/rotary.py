@@ -18,11 +18,16 @@ def rotate(query: Tensor, key: Tensor, rows: Packed, theta: float) -> tuple[Tens
         rows: their layout; the table is worked out once for it and used by all layers of that `theta`.
         theta: base of the wavelengths.
     """
-    known = ("rotary", theta, query.shape[-1])
-    if known not in rows.tables:
-        rows.tables[known] = _table(rows.max_length, query.shape[-1], theta, query.device)
-    cos, sin = rows.tables[known]
+    cos, sin = angles(rows, query.shape[-1], theta)
     return _turn(query, cos, sin), _turn(key, cos, sin)
+
+
+def angles(rows: Packed, size: int, theta: float) -> tuple[Tensor, ...]:
+    """Cosine and sine of the angle of every place in the longest row, float32 [T, size / 2] each."""
+    known = ("rotary", theta, size)
+    if known not in rows.tables:
+        rows.tables[known] = _table(rows.max_length, size, theta, rows.lengths.device)
+    return rows.tables[known]
 
 
 def _table(length: int, size: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:

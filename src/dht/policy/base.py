@@ -76,3 +76,8 @@ def run_all(view: View, heads: int) -> Decision:
         sets=torch.ones(1, heads, dtype=torch.bool, device=device),
         choice=torch.zeros(view.rows.numel(), dtype=torch.long, device=device),
     )
+
+
+def nobody(rows: Tensor, heads: int) -> Decision:
+    """The decision for no rows: `rows` is empty."""
+    return Decision(sets=torch.ones(1, heads, dtype=torch.bool, device=rows.device), choice=rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 CURVE = 13
 """Points of the price curve."""
+
+PARTS = ("numbers", "units")
+"""The posteriors of a learned policy."""
+
+
+def _part(statistics: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{part}."): v for name, v in statistics.items() if name.startswith(f"{part}.")}
 
 
 class LearnedPolicy(Policy):
@@ -211,16 +218,21 @@ class LearnedPolicy(Policy):
 
     # Learning
 
-    def observe_units(self, trace: Trace) -> None:
+    def observe_units(self, *traces: Trace) -> None:
         """Semi-bandit update from gate gradients: each executed unit is paid |d loss / d gate|, scaled per layer.
 
         The gradient is the first-order change of the row's loss if the unit were removed (Michel et al. 2019,
         arXiv 1905.10650). Its size falls as training goes on, and the units that ran are the good ones, so the scale is
         such that they are paid on average what was expected of them: only their order and spread are news. Scaling them
         to a mean of 1 would wear down the best units until untried ones look better, and the sets would never settle.
+
+        Several traces count as decided at once: what was expected of a unit is what was before all of them.
         """
-        if not trace.gate_grads:
-            return
+        for context, weight, target in [self._paid_units(trace) for trace in traces if trace.gate_grads]:
+            self.units.update(context, weight, target)
+
+    def _paid_units(self, trace: Trace) -> tuple[Tensor, Tensor, Tensor]:
+        """Contexts, weights and targets of the update that a trace asks for."""
         rows, layers, heads = trace.units.shape
         value = torch.zeros(rows, layers, heads, dtype=torch.float64, device=trace.units.device)
         for layer, groups in trace.gate_grads.items():
@@ -242,7 +254,7 @@ class LearnedPolicy(Policy):
         pair = torch.arange(len(good), device=value.device)
         weight[pair, at] = self.unit_weight * ran[row, at].double()
         target[pair, at] = value[row, at]
-        self.units.update(context[row, at], weight.flatten(1), target.flatten(1))
+        return context[row, at], weight.flatten(1), target.flatten(1)
 
     def finish_step(self) -> None:
         """Moves the random draws on; called once after each training or probe step."""
@@ -262,6 +274,33 @@ class LearnedPolicy(Policy):
         for statistic in (self.numbers.gram, self.numbers.moment, self.numbers.pulls):
             statistic.zero_()
         self.numbers.invalidate()
+
+    # Several ranks
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copies of the statistics, for `delta_since` and `merge`."""
+        return {f"{part}.{name}": value for part in PARTS for name, value in getattr(self, part).snapshot().items()}
+
+    def delta_since(self, snapshot: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What this policy has learned since the snapshot."""
+        return {
+            f"{part}.{name}": value
+            for part in PARTS
+            for name, value in getattr(self, part).delta_since(_part(snapshot, part)).items()
+        }
+
+    @torch.no_grad()
+    def merge(self, base: Mapping[str, Tensor], deltas: Sequence[Mapping[str, Tensor]]) -> None:
+        """Returns nothing; the policy becomes what one that saw the rows of all ranks would be.
+
+        See `LinearPosterior.merge`.
+
+        Args:
+            base: the `snapshot` that all ranks started from.
+            deltas: one `delta_since(base)` a rank, in the same order on every rank.
+        """
+        for part in PARTS:
+            getattr(self, part).merge(_part(base, part), [_part(delta, part) for delta in deltas])
 
     # What serving needs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -123,6 +124,13 @@ class TreePolicy(LearnedPolicy):
     def restart(self) -> None:
         """Forgets all numeric rewards and returns to the prior."""
         self._blend_prior(1.0, keep=0.0)
+
+    @torch.no_grad()
+    def merge(self, base: Mapping[str, Tensor], deltas: Sequence[Mapping[str, Tensor]]) -> None:
+        """As the base class; every rank has topped up the prior that faded, and it is topped up once."""
+        super().merge(base, deltas)
+        faded = [1.0 - self.numbers.forgetting ** int(delta["numbers.clock"]) for delta in deltas]
+        self._blend_prior(max(faded, default=0.0) - sum(faded))
 
     def _blend_prior(self, share: float, keep: float = 1.0) -> None:
         """Statistics become `keep` times themselves plus `share` of the prior's."""

@@ -1,0 +1,5 @@
+"""`python -m dht`, which launchers of several processes start: `accelerate launch -m dht train ...`."""
+
+from .cli import main
+
+main()

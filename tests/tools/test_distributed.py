@@ -1,0 +1,39 @@
+"""Two real processes: one policy on both, as if one process had seen all rows; ranks that skip different layers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from launching import launch
+from tools import two_ranks
+
+HERE = Path(__file__).parent
+
+
+def test_two_ranks_are_one_trainer(tmp_path):
+    launch("accelerate", HERE / "two_ranks.py", tmp_path)
+    for name in ("exact", "full"):
+        ranks = [load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in range(2)]
+        for key, value in ranks[0].items():
+            assert torch.equal(value, ranks[1][key]), f"{name}: {key} differs between the ranks"
+        first, second = ((tmp_path / f"{name}-{rank}.json").read_text() for rank in range(2))
+        assert first == second, "every rank's ledger counts the work of all"
+    # Nothing forgotten: two ranks are one process that accumulates their batches.
+    state, ledger = two_ranks.ending(two_ranks.trained(tmp_path, accumulate=2, forgetting=1.0))
+    for key, value in load_file(tmp_path / "exact-0.safetensors").items():
+        torch.testing.assert_close(value, state[key], atol=1e-5, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+    told = json.loads((tmp_path / "exact-0.json").read_text())
+    assert told.pop("history")[0] == pytest.approx(ledger.pop("history")[0], rel=1e-4)
+    assert told == pytest.approx(ledger, rel=1e-4)
+    assert int(state["policy.numbers.clock"]) > 100
+
+
+def test_ranks_that_run_different_layers_do_not_hang():
+    said = launch("torchrun", HERE / "shards.py")
+    assert "rank 0 ran 3 layers" in said
+    assert "rank 1 ran 1 layers" in said
