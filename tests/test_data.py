@@ -502,7 +502,7 @@ def test_hub_errors(hub: Callable[[Any], list[tuple[str, str | None]]], monkeypa
         DataError,
         match=r"name \(train\): no column 'text'; columns there: 'sentence', 'label'; name the right one with --text",
     ):
-        load_data("name")
+        load_data("name", text_column="text")
     hub({"train": FakeTable({"text": ["a", "b"], "label": [0, 1]}), "extra": FakeTable({})})
     with pytest.raises(DataError, match=r"no test split in name: splits there: 'train', 'extra'; pick another split"):
         load_data("name", splits=["test"])

@@ -1,10 +1,9 @@
-"""Rows of text files: `.jsonl[.gz]`, `.csv`, `.tsv` and `.parquet`, each with its line number for error messages."""
+"""Rows of data files, each with its line number for error messages: JSON lines, tables, Parquet and Arrow."""
 
 from __future__ import annotations
 
 import csv
 import gzip
-import importlib
 import io
 import json
 import re
@@ -14,38 +13,42 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dht.errors import DataError, listed, shown
+from dht._columns import ColumnChoice
+from dht._extras import optional
+from dht.errors import DataError, shown
 
-FORMATS = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet")
+FORMATS = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".ipc")
+COLUMNAR = (".parquet", ".arrow", ".feather", ".ipc")
+"""Formats whose rows have no line in the file."""
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Row(NamedTuple):
-    """One row as the file has it: where it stands, its text and its label, neither checked yet."""
+    """One row as the file has it: where it stands, its text, label and second text, none checked yet."""
 
     line: int
     text: Any
     label: Any
+    pair: Any = None
 
 
-def read_rows(path: Path, text_column: str, label_column: str) -> Iterator[Row]:
+def read_rows(path: Path, choice: ColumnChoice) -> Iterator[Row]:
     """The rows of one file, in order, read by what the file's name ends in.
 
     Args:
         path: a file whose name ends in one of `FORMATS`.
-        text_column: the key or column that holds the text.
-        label_column: the key or column that holds the label.
+        choice: says which keys or columns hold text and label.
 
     Raises:
         DataError: the file cannot be read, decoded or parsed, or lacks a column; file and line are named.
     """
-    if path.name.endswith(".parquet"):
-        yield from _parquet_rows(path, text_column, label_column)
+    if path.name.endswith(COLUMNAR):
+        yield from _columnar_rows(path, choice)
     elif path.name.endswith((".csv", ".tsv")):
-        yield from _table_rows(path, text_column, label_column)
+        yield from _table_rows(path, choice)
     else:
-        yield from _jsonl_rows(path, text_column, label_column)
+        yield from _jsonl_rows(path, choice)
 
 
 def clean_text(text: object, where: str) -> str:
@@ -119,17 +122,17 @@ def read_lines(path: Path) -> Iterator[bytes]:
         raise DataError(f"cannot read {path}: {error.strerror or error}; check the path and its permissions") from None
 
 
-def _jsonl_rows(path: Path, text_column: str, label_column: str) -> Iterator[Row]:
+def _jsonl_rows(path: Path, choice: ColumnChoice) -> Iterator[Row]:
     for line, raw in enumerate(read_lines(path), start=1):
         if not raw.strip():
             continue
         where = f"{path} line {line}"
         row = parse_object(decode_line(raw, where), where)
-        _require_columns(list(row), text_column, label_column, where)
-        yield Row(line, row[text_column], row[label_column])
+        text, pair, label = choice.of(list(row), where)
+        yield Row(line, row[text], row[label], row[pair] if pair else None)
 
 
-def _table_rows(path: Path, text_column: str, label_column: str) -> Iterator[Row]:
+def _table_rows(path: Path, choice: ColumnChoice) -> Iterator[Row]:
     """Rows of a .csv (RFC 4180 quoting, checked) or .tsv file (one row a line, no quoting) with a header line."""
     lines = (decode_line(raw, f"{path} line {line}") for line, raw in enumerate(read_lines(path), start=1))
     records = _tsv_records(lines) if path.name.endswith(".tsv") else _csv_records(lines, path)
@@ -138,15 +141,15 @@ def _table_rows(path: Path, text_column: str, label_column: str) -> Iterator[Row
         where = f"{path} line {line}"
         if header is None:
             header = [name.strip() for name in fields]
-            _require_columns(header, text_column, label_column, where)
-            text_at, label_at = header.index(text_column), header.index(label_column)
+            text, pair, label = choice.of(header, where)
+            text_at, label_at, pair_at = header.index(text), header.index(label), header.index(pair) if pair else None
         elif len(fields) != len(header):
             raise DataError(
                 f"{where}: {len(fields)} fields, but the header has {len(header)}; put texts that hold the separator "
                 "or a line break in double quotes (.csv), or use .jsonl"
             )
         else:
-            yield Row(line, fields[text_at], fields[label_at])
+            yield Row(line, fields[text_at], fields[label_at], None if pair_at is None else fields[pair_at])
 
 
 def _csv_records(lines: Iterator[str], path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -186,37 +189,30 @@ def _unquoted(field: str) -> str:
     return field
 
 
-def _parquet_rows(path: Path, text_column: str, label_column: str) -> Iterator[Row]:
-    try:
-        parquet: Any = importlib.import_module("pyarrow.parquet")
-    except ImportError:
-        raise DataError(
-            f"{path}: reading .parquet needs pyarrow, which is not installed; "
-            'run pip install "dht-transformer[data]", or save the file as .jsonl or .csv'
-        ) from None
+def _columnar_rows(path: Path, choice: ColumnChoice) -> Iterator[Row]:
+    kind = "parquet" if path.name.endswith(".parquet") else "arrow"
+    reader = optional(
+        "pyarrow.parquet" if kind == "parquet" else "pyarrow.ipc", "data", f"{path}: reading {path.suffix}",
+        "or save the file as .jsonl or .csv", DataError,
+    )  # fmt: skip
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}; check the path and its permissions") from None
     try:
-        file = parquet.ParquetFile(io.BytesIO(data))
-        _require_columns(file.schema_arrow.names, text_column, label_column, str(path))
-        table = file.read(columns=[text_column, label_column])
-        texts, labels = table.column(text_column).to_pylist(), table.column(label_column).to_pylist()
+        if kind == "parquet":
+            file = reader.ParquetFile(io.BytesIO(data))
+            found = choice.of(file.schema_arrow.names, str(path))
+            table = file.read(columns=[name for name in found if name])
+        else:  # the file format (also called Feather) begins with a magic word, the stream format with a length
+            opened = (reader.open_file if data.startswith(b"ARROW1") else reader.open_stream)(io.BytesIO(data))
+            found = choice.of(opened.schema.names, str(path))
+            table = opened.read_all()
+        texts, labels = table.column(found.text).to_pylist(), table.column(found.label).to_pylist()
+        pairs = table.column(found.pair).to_pylist() if found.pair else [None] * len(texts)
     except DataError:
         raise
     except Exception as error:  # pyarrow raises ArrowException, OSError, UnicodeDecodeError, ... on broken files
-        raise DataError(f"{path}: broken parquet ({error}); make or copy the file again") from None
-    for row, (text, label) in enumerate(zip(texts, labels, strict=True), start=1):
-        yield Row(row, text, label)
-
-
-def _require_columns(columns: list[str], text_column: str, label_column: str, where: str) -> None:
-    for column, option in ((text_column, "--text-column"), (label_column, "--label-column")):
-        if columns.count(column) > 1:
-            raise DataError(f"{where}: {columns.count(column)} columns are called {shown(column)}; rename one")
-        if column not in columns:
-            raise DataError(
-                f"{where}: no column {shown(column)}; columns there: {listed(columns)}; "
-                f"name the right one with {option}"
-            )
+        raise DataError(f"{path}: broken {kind} ({error}); make or copy the file again") from None
+    for row, (text, label, pair) in enumerate(zip(texts, labels, pairs, strict=True), start=1):
+        yield Row(row, text, label, pair)

@@ -23,7 +23,7 @@ app = typer.Typer(
 Data = Annotated[
     str,
     typer.Option(
-        help="Embedded name (vader), a folder with train|validation|test files, or a Hugging Face data set id."
+        help="Embedded name (vader), a folder with train|validation|test files or a saved data set, or a Hub id."
     ),
 ]
 Model = Annotated[
@@ -31,8 +31,10 @@ Model = Annotated[
     typer.Option(help="Embedded name (minilm, mpnet), a folder, a Hub id, or preset:tiny|preset:small (from scratch)."),
 ]
 Budget = Annotated[float, typer.Option(help="Mean FLOPs at inference as a fraction of the dense model's, in (0, 1].")]
-TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
-LabelColumn = Annotated[str, typer.Option(help="Column that holds the label.")]
+TextColumn = Annotated[
+    str | None, typer.Option(help="Column of the text; two with a comma for sentence pairs. Default: inferred, said.")
+]
+LabelColumn = Annotated[str | None, typer.Option(help="Column of the label. Default: inferred, said.")]
 BatchSize = Annotated[int, typer.Option(help="Rows per batch.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens that a text is cut to.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -108,8 +110,11 @@ def train(
         float, typer.Option(help="Share of the steps after which the training budget is the budget.")
     ] = 0.35,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0 = once an epoch.")] = 0,
-    text_column: TextColumn = "text",
-    label_column: LabelColumn = "label",
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    class_weights: Annotated[
+        str, typer.Option(help="none, or balanced: every class counts alike in the loss, however rare it is.")
+    ] = "none",
     dense: Annotated[bool, typer.Option("--dense", help="Train the plain full model instead: the reference.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint in --out.")] = False,
     overwrite: Overwrite = False,
@@ -124,7 +129,7 @@ def train(
         data=data, model=model, out=out, budget=budget, search=search, ffn=ffn, epochs=epochs, seed=seed,
         batch_size=batch_size, lr=lr, max_length=max_length, device=device, dtype=dtype, accumulate=accumulate,
         warm_start=warm_start, settle=settle, save_every=save_every, text_column=text_column,
-        label_column=label_column, dense=dense,
+        label_column=label_column, class_weights=class_weights, dense=dense,
     )  # fmt: skip
     settings.check()
     from .train import complete_checkpoints
@@ -161,8 +166,8 @@ def evaluate(
     max_length: MaxLength = 128,
     device: Device = "auto",
     dtype: Dtype = "float32",
-    text_column: TextColumn = "text",
-    label_column: LabelColumn = "label",
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
     seed: Seed = 0,
 ) -> None:
     """Measure accuracy, FLOPs and seconds of a policy on a split, against the dense model."""
@@ -224,8 +229,8 @@ def bench(
         Path | None, typer.Option(help="Measure how cost grows instead, and draw the picture here (.svg).")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the full result here.")] = None,
-    text_column: TextColumn = "text",
-    label_column: LabelColumn = "label",
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
     seed: Seed = 0,
 ) -> None:
     """Measure what saved FLOPs are worth in seconds: a table, and one line of JSON on stdout."""
@@ -276,7 +281,7 @@ def predict(
     batch_size: BatchSize = 32,
     max_length: MaxLength = 128,
     device: Device = "auto",
-    text_column: TextColumn = "text",
+    text_column: TextColumn = None,
 ) -> None:
     """Classify texts: one JSON object a line, with the layers and heads that each one took."""
     from .data import read_texts
@@ -320,8 +325,8 @@ def compare(
     timed_batches: Annotated[int, typer.Option(help="Batches of the test split that are timed.")] = 12,
     repeats: Annotated[int, typer.Option(help="Timed runs of each of them; the median counts.")] = 5,
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep weights that no cell needs.")] = False,
-    text_column: TextColumn = "text",
-    label_column: LabelColumn = "label",
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
 ) -> None:
     """Run every rival on the same splits and seeds, and say which claims hold, tie or fail."""
     import json as encoder

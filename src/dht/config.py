@@ -17,7 +17,7 @@ class TrainSettings:
     """Settings of `dht train`.
 
     Args:
-        data: embedded name, folder or Hugging Face data set id.
+        data: embedded name, folder or Hugging Face data set id; what it is called, where the data is given as such.
         model: embedded name, folder or Hub id of an encoder (`dht.hf.families`), or a preset (`preset:small`).
         out: folder that the run is written to.
         budget: target mean FLOPs at inference as a fraction of the dense model's, in (0, 1].
@@ -29,7 +29,8 @@ class TrainSettings:
         warm_start, settle: training's budget starts at `warm_start` and has come down to `budget` after the share
             `settle` of all steps.
         save_every: checkpoint every so many steps; 0 = once an epoch.
-        text_column, label_column: names in the data.
+        text_column, label_column: names in the data, as for `load_data`; None = inferred.
+        class_weights: "none", or "balanced": in the loss a row counts n / (C n_c), with n_c rows of its class of n.
         dense: train the plain full model instead (one exit, no policy), the reference to compare with.
     """
 
@@ -50,8 +51,9 @@ class TrainSettings:
     warm_start: float = 0.4
     settle: float = 0.35
     save_every: int = 0
-    text_column: str = "text"
-    label_column: str = "label"
+    text_column: str | None = None
+    label_column: str | None = None
+    class_weights: str = "none"
     dense: bool = False
 
     def check(self) -> None:
@@ -70,6 +72,7 @@ class TrainSettings:
         need(self.accumulate >= 1, "accumulate", "1 or more")
         need(self.lr > 0, "lr", "a number above 0")
         need(self.max_length >= 3, "max_length", "3 or more")
+        need(self.class_weights in ("none", "balanced"), "class_weights", "none, balanced")
         need(self.device in DEVICES, "device", ", ".join(DEVICES))
         need(self.dtype in DTYPES, "dtype", ", ".join(DTYPES))
         need(0.0 < self.warm_start <= 1.0, "warm_start", "a number in (0, 1]")

@@ -1,4 +1,4 @@
-"""Labelled texts from a folder, an embedded data set or a Hugging Face dataset id, checked row by row.
+"""Labelled texts from a folder, an embedded data set or a Hugging Face data set, checked row by row.
 
 Every error names the file and the line. Class indices are decided by the train split (integers in numeric order, names
 in alphabetical order), or by a trained model's class names when they are given.
@@ -7,47 +7,78 @@ in alphabetical order), or by a trained model's class names when they are given.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dht import assets
-from dht._rows import FORMATS, Row, clean_text, decode_line, parse_object, read_lines, read_rows
+from dht._columns import ColumnChoice, text_columns
+from dht._rows import clean_text, decode_line, parse_object, read_lines
+from dht._sources import SPLITS, Source, open_source
 from dht.errors import DataError, listed, shown
 
-__all__ = ["SPLITS", "Split", "TextData", "load_data", "read_texts", "stratified_order"]
+__all__ = [
+    "SPLITS",
+    "Split",
+    "TextData",
+    "balanced_weights",
+    "cut_validation",
+    "load_data",
+    "read_texts",
+    "stratified_order",
+]
 
-SPLITS = ("train", "validation", "test")
 VALIDATION_FRACTION = 0.1
+RARE = 0.1
+"""A class this small beside the most frequent one is told of."""
+STREAM_ROWS = 100_000
+"""Rows taken of each streamed split, unless another number is asked for."""
+
+Text = str | tuple[str, str]
+"""A text, or the two texts of a pair."""
 
 _INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
 _DECIMAL = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)([eE][-+]?[0-9]+)?")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Texts and, for each, the index of its class in `TextData.label_names`."""
+    """Texts and, for each, the index of its class in `TextData.label_names`; of pairs, also the second texts."""
 
     texts: list[str]
     labels: list[int]
+    pairs: list[str] | None = None
 
     def __post_init__(self) -> None:
         assert len(self.texts) == len(self.labels)
+        assert self.pairs is None or len(self.pairs) == len(self.texts)
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def keys(self) -> list[str]:
+        """What makes a row the same as another: its text, or both texts of a pair."""
+        if self.pairs is None:
+            return self.texts
+        return [f"{text}\0{pair}" for text, pair in zip(self.texts, self.pairs, strict=True)]
+
+    def rows(self, wanted: Iterable[int]) -> Split:
+        """The rows with these numbers."""
+        wanted = list(wanted)
+        pairs = None if self.pairs is None else [self.pairs[row] for row in wanted]
+        return Split([self.texts[row] for row in wanted], [self.labels[row] for row in wanted], pairs)
 
 
 @dataclass(frozen=True)
 class TextData:
     """A data set ready for a tokenizer; a split that was not asked for is None.
 
-    `notes` says what the user should know: a validation split that was made, texts that two splits share.
+    `notes` says what the user should know: columns that were inferred, a validation split that was made, a class that
+    is rare, texts that two splits share.
     """
 
     name: str
@@ -59,49 +90,44 @@ class TextData:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """Where splits come from: raw rows by split, and how a row is named in a message."""
-
-    name: str
-    rows: dict[str, Iterable[Row]]
-    where: dict[str, str]  # split -> "path/train.csv line" or "hub-id (train) row"
-    missing: str  # what to say of a split that is not there
-    declared: list[str] | None = None  # the class names in the order that the source itself declares
-
-
-@dataclass(frozen=True)
 class _Checked:
     """A split whose rows were checked but whose labels are still names."""
 
     texts: list[str]
+    pairs: list[str] | None
     names: list[str]
     lines: list[int]
     integers: bool  # every label is an integer
 
 
 def load_data(
-    source: str | Path,
+    source: Any,
     *,
-    text_column: str = "text",
-    label_column: str = "label",
+    text_column: str | None = None,
+    label_column: str | None = None,
     seed: int = 0,
     splits: Sequence[str] = SPLITS,
     optional: Sequence[str] = (),
     label_names: list[str] | None = None,
+    stream_rows: int = STREAM_ROWS,
 ) -> TextData:
     """The splits asked for, checked, with labels as class indices.
 
     Args:
-        source: an embedded name (`vader`), a folder holding `train`, `validation`, `test` as .jsonl[.gz], .csv, .tsv or
-            .parquet, or a Hugging Face dataset id (`owner/name`, or `owner/name:config`). An embedded name goes before
-            a folder of that name: write `./vader` for the folder.
-        text_column: the column that holds the text.
-        label_column: the column that holds the label: an integer or a name.
+        source: an embedded name (`vader`), a folder holding `train`, `validation`, `test` as .jsonl[.gz], .csv, .tsv,
+            .parquet, .arrow, .feather or .ipc, a folder that `save_to_disk` wrote, a Hugging Face dataset id
+            (`owner/name`, or `owner/name:config`), or a `Dataset`, `IterableDataset`, or dict of them by split (one
+            alone is the train split). An embedded name goes before a folder of that name: write `./vader` for the
+            folder.
+        text_column: the column that holds the text; two names with a comma between for sentence pairs; None = inferred
+            from well-known names, which `notes` says.
+        label_column: the column that holds the label, an integer or a name; None = inferred likewise.
         seed: seeds the validation split, should one have to be made.
         splits: the splits that must be there. When there is no validation split, one is made of 10% of train,
             stratified by class, no text on both sides, and `notes` says so.
         optional: splits that are read when they are there; none is made.
         label_names: the classes of a trained model, in its order. Labels are mapped onto them.
+        stream_rows: rows taken of each split that is streamed; `notes` says how many there were.
 
     Returns:
         The data; splits neither needed nor optional are None.
@@ -110,7 +136,7 @@ def load_data(
         DataError: anything that is missing or broken; the message names file and line.
     """
     assert set(splits) | set(optional) <= set(SPLITS), "unknown split"
-    src = _open_source(str(source), text_column, label_column)
+    src = open_source(source, ColumnChoice(text_column, label_column), stream_rows)
     make_validation = "validation" in splits and "validation" not in src.rows and "train" in src.rows
     for split in splits:
         if split not in src.rows and not (split == "validation" and make_validation):
@@ -120,24 +146,29 @@ def load_data(
     train_decides = "train" in src.rows and (make_validation or not label_names)
     read = [s for s in SPLITS if s in wanted or (s == "train" and train_decides)]
 
-    notes: list[str] = []
     checked = {split: _check_rows(src, split) for split in read}
+    notes = [note for note in (src.choice.note, *src.notes) if note]
     names, indices = _classes(src, checked, label_names, notes)
     done = {split: _indexed(src, split, rows, names, indices) for split, rows in checked.items()}
     if make_validation:
-        done["train"], done["validation"] = _cut_validation(src, done["train"], names, seed, notes)
+        done["train"], done["validation"] = cut_validation(done["train"], seed, src.name)
+        notes.append(_cut_note(done["train"], done["validation"], seed))
         wanted += [split for split in ("validation",) if split not in wanted]
     result = {split: done[split] for split in wanted}
+    if "train" in result:
+        _note_rare_classes(result["train"], names, notes)
     _note_shared_texts(result, notes)
     return TextData(src.name, result.get("train"), result.get("validation"), result.get("test"), names, notes)
 
 
-def read_texts(source: str | Path | Iterable[str] | Iterable[bytes], *, text_column: str = "text") -> Iterator[str]:
-    r"""The texts to predict, one a line, as they arrive: a plain text, or a JSON object that holds it.
+def read_texts(
+    source: str | Path | Iterable[str] | Iterable[bytes], *, text_column: str | None = None
+) -> Iterator[Text]:
+    r"""The texts to predict, one a line, as they arrive: a plain text, or a JSON object that holds it or a pair.
 
     Args:
         source: a path (`.gz` is unpacked), `-` for standard input, or lines.
-        text_column: the key of the text in a JSON object.
+        text_column: the key of the text in a JSON object, as for `load_data`.
 
     Raises:
         DataError: a line is empty, not UTF-8, starts with `{` and is not a JSON object, or its object holds no text.
@@ -155,9 +186,12 @@ def read_texts(source: str | Path | Iterable[str] | Iterable[bytes], *, text_col
             yield clean_text(line, where)
             continue
         row = parse_object(line, f"{where} starts with '{{'")
-        if text_column not in row:
-            raise DataError(f"{where}: the object has no {shown(text_column)}; keys there: {listed(row)}")
-        yield clean_text(row[text_column], where)
+        keys = [key for key in text_columns(list(row), text_column, where) if key]
+        for key in keys:
+            if key not in row:
+                raise DataError(f"{where}: the object has no {shown(key)}; keys there: {listed(row)}")
+        texts = [clean_text(row[key], where) for key in keys]
+        yield texts[0] if len(texts) == 1 else (texts[0], texts[1])
 
 
 def stratified_order(texts: Sequence[str], labels: Sequence[int], seed: int) -> list[list[int]]:
@@ -181,92 +215,58 @@ def stratified_order(texts: Sequence[str], labels: Sequence[int], seed: int) -> 
     return classes
 
 
-def _open_source(source: str, text_column: str, label_column: str) -> _Source:
-    if source in assets.DATASETS:
-        return _folder(assets.data_path(source), "text", "label", name=source)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _folder(path, text_column, label_column, name=str(path))
-    if path.exists():
-        raise DataError(f"data {path} is a file; give the folder that holds train, validation and test files")
-    if _HUB_ID.fullmatch(source):
-        return _hub(source, text_column, label_column)
-    raise DataError(
-        f"no data at {shown(source, 300)}: no folder there, and embedded data sets are {listed(assets.DATASETS)}; "
-        "check the path"
+def cut_validation(train: Split, seed: int, name: str, fraction: float = VALIDATION_FRACTION) -> tuple[Split, Split]:
+    """What is left of a train split, and the validation split cut from it: stratified, no text on both sides.
+
+    Args:
+        seed: another seed, another cut.
+        name: of the data, for the message.
+        fraction: of each class, in (0, 1).
+
+    Raises:
+        DataError: no class has two different texts.
+    """
+    keys = train.keys
+    taken: set[int] = set()
+    for rows in stratified_order(keys, train.labels, seed):
+        size = max(1, round(fraction * len(rows)))
+        while size < len(rows) and keys[rows[size]] == keys[rows[size - 1]]:
+            size += 1  # equal texts stay on one side
+        if size < len(rows):
+            taken.update(rows[:size])
+    if not taken:
+        raise DataError(
+            f"{name}: too few different train texts ({len(train)} rows, {len(set(train.labels))} classes) to take a "
+            "validation split from; add a validation file or more train rows"
+        )
+    return (
+        train.rows(row for row in range(len(train)) if row not in taken),
+        train.rows(row for row in range(len(train)) if row in taken),
     )
 
 
-def _folder(path: Path, text_column: str, label_column: str, *, name: str) -> _Source:
-    try:
-        present = sorted(entry.name for entry in path.iterdir())
-    except OSError as error:
-        raise DataError(f"cannot read folder {path}: {error.strerror}; check its permissions") from None
-    rows: dict[str, Iterable[Row]] = {}
-    where: dict[str, str] = {}
-    for split in SPLITS:
-        files = [split + suffix for suffix in FORMATS if split + suffix in present]
-        if len(files) > 1:
-            raise DataError(f"{path} holds the {split} split {len(files)} times: {listed(files)}; keep one of them")
-        if files:
-            rows[split] = read_rows(path / files[0], text_column, label_column)
-            where[split] = f"{path / files[0]} {'row' if files[0].endswith('.parquet') else 'line'}"
-    if not rows:
-        raise DataError(
-            f"no data in folder {path}: expected train, validation or test as {', '.join(FORMATS)}; "
-            f"files there: {listed(present)}"
-        )
-    missing = f"add a file with that name as {', '.join(FORMATS)}; files there: {listed(present)}"
-    return _Source(name, rows, where, missing)
+def balanced_weights(labels: Sequence[int], classes: int) -> list[float]:
+    """What a row of each class counts so that all classes count alike and the mean row 1; a class without rows, 0.
+
+    >>> balanced_weights([0, 0, 0, 1], 2)
+    [0.6666666666666666, 2.0]
+    """
+    counts = Counter(labels)
+    present = sum(1 for count in counts.values() if count)
+    return [len(labels) / (present * counts[index]) if counts[index] else 0.0 for index in range(classes)]
 
 
-def _hub(source: str, text_column: str, label_column: str) -> _Source:
-    try:
-        datasets: Any = importlib.import_module("datasets")
-    except ImportError:
-        raise DataError(
-            f"no data at {shown(source, 300)}: no folder there, embedded data sets are {listed(assets.DATASETS)}, and "
-            "a Hugging Face dataset id needs the package datasets; check the path, or run "
-            'pip install "dht-transformer[data]"'
-        ) from None
-    identifier, _, config = source.partition(":")
-    try:
-        loaded = datasets.load_dataset(identifier, config or None)
-    except Exception as error:  # hub, network, parsing: any class, from several libraries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"cannot load {shown(source)} as a Hugging Face dataset: {reason}; check the name and the network "
-            f"(no folder has that name, and embedded data sets are {listed(assets.DATASETS)})"
-        ) from None
-    rows: dict[str, Iterable[Row]] = {}
-    declared = None
-    for split in SPLITS:
-        if split not in loaded:
-            continue
-        table = loaded[split]
-        for column, option in ((text_column, "--text-column"), (label_column, "--label-column")):
-            if column not in table.column_names:
-                raise DataError(
-                    f"{source} ({split}): no column {shown(column)}; columns there: {listed(table.column_names)}; "
-                    f"name the right one with {option}"
-                )
-        names = getattr(table.features[label_column], "names", None)
-        declared = names or declared
-        labels = [names[x] if names and x in range(len(names)) else x for x in table[label_column]]
-        pairs = zip(table[text_column], labels, strict=True)
-        rows[split] = [Row(i, text, label) for i, (text, label) in enumerate(pairs, start=1)]
-    where = {split: f"{source} ({split}) row" for split in rows}
-    return _Source(source, rows, where, f"splits there: {listed(loaded)}; pick another split or data set", declared)
-
-
-def _check_rows(src: _Source, split: str) -> _Checked:
+def _check_rows(src: Source, split: str) -> _Checked:
     texts: list[str] = []
     names: list[str] = []
     lines: list[int] = []
+    pairs: list[str] = []
     typed: dict[bool, int] = {}  # is the label an int (or a str) -> first line
-    for line, text, label in src.rows[split]:
+    for line, text, label, pair in src.rows[split]:
         where = f"{src.where[split]} {line}"
         texts.append(clean_text(text, where))
+        if src.choice.pairs:
+            pairs.append(clean_text(pair, where))
         names.append(_label_name(label, where))
         lines.append(line)
         first = typed.setdefault(isinstance(label, int), line)
@@ -277,7 +277,7 @@ def _check_rows(src: _Source, split: str) -> _Checked:
             )
     if not texts:
         raise DataError(f"{src.where[split].rsplit(' ', 1)[0]}: no rows; the {split} split needs at least one")
-    return _Checked(texts, names, lines, all(_INTEGER.fullmatch(name) for name in set(names)))
+    return _Checked(texts, pairs or None, names, lines, all(_INTEGER.fullmatch(name) for name in set(names)))
 
 
 def _label_name(label: object, where: str) -> str:
@@ -295,7 +295,7 @@ def _label_name(label: object, where: str) -> str:
 
 
 def _classes(
-    src: _Source, checked: dict[str, _Checked], label_names: list[str] | None, notes: list[str]
+    src: Source, checked: dict[str, _Checked], label_names: list[str] | None, notes: list[str]
 ) -> tuple[list[str], dict[str, int]]:
     """The class names in order of index, and the index of every label that may occur."""
     if label_names or src.declared:
@@ -323,7 +323,7 @@ def _classes(
     return names, indices
 
 
-def _indexed(src: _Source, split: str, rows: _Checked, names: list[str], indices: dict[str, int]) -> Split:
+def _indexed(src: Source, split: str, rows: _Checked, names: list[str], indices: dict[str, int]) -> Split:
     labels = []
     for line, name in zip(rows.lines, rows.names, strict=True):
         if name not in indices:
@@ -333,37 +333,32 @@ def _indexed(src: _Source, split: str, rows: _Checked, names: list[str], indices
                 f"allowed: {listed(indices)}; fix the label or train with that class"
             )
         labels.append(indices[name])
-    return Split(rows.texts, labels)
+    return Split(rows.texts, labels, rows.pairs)
 
 
-def _cut_validation(src: _Source, train: Split, names: list[str], seed: int, notes: list[str]) -> tuple[Split, Split]:
-    taken: set[int] = set()
-    for rows in stratified_order(train.texts, train.labels, seed):
-        size = max(1, round(VALIDATION_FRACTION * len(rows)))
-        while size < len(rows) and train.texts[rows[size]] == train.texts[rows[size - 1]]:
-            size += 1  # equal texts stay on one side
-        if size < len(rows):
-            taken.update(rows[:size])
-    if not taken:
-        raise DataError(
-            f"{src.name}: too few different train texts ({len(train)} rows, {len(names)} classes) to take a validation "
-            "split from; add a validation file or more train rows"
-        )
-    sides = [[row for row in range(len(train)) if (row in taken) is side] for side in (False, True)]
-    rest, validation = (Split([train.texts[r] for r in rows], [train.labels[r] for r in rows]) for rows in sides)
-    notes.append(
-        f"no validation split: made one of {len(validation)} of the {len(train)} train rows "
-        f"(10% of each class, seed {seed}); {len(rest)} are left to train on"
+def _cut_note(train: Split, validation: Split, seed: int) -> str:
+    return (
+        f"no validation split: made one of {len(validation)} of the {len(train) + len(validation)} train rows "
+        f"({VALIDATION_FRACTION:.0%} of each class, seed {seed}); {len(train)} are left to train on"
     )
-    return rest, validation
+
+
+def _note_rare_classes(train: Split, names: list[str], notes: list[str]) -> None:
+    counts = Counter(train.labels)
+    least, most = (pick(range(len(names)), key=lambda index: counts[index]) for pick in (min, max))
+    if 0 < counts[least] < RARE * counts[most]:
+        notes.append(
+            f"classes are unbalanced: {shown(names[least])} has {counts[least]} train rows, {shown(names[most])} "
+            f"{counts[most]}; --class-weights balanced makes every class count alike, and macro F1 shows the rare ones"
+        )
 
 
 def _note_shared_texts(splits: dict[str, Split], notes: list[str]) -> None:
     if "train" not in splits:
         return
-    seen = set(splits["train"].texts)
+    seen = set(splits["train"].keys)
     for name, split in splits.items():
-        shared = sum(text in seen for text in split.texts) if name != "train" else 0
+        shared = sum(key in seen for key in split.keys) if name != "train" else 0
         if shared:
             notes.append(f"{shared} of the {len(split)} {name} texts are also in train")
 

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -97,13 +97,33 @@ def _tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, split: Split, max_length: int) -> list[dict[str, Any]]:
-    """One dict a row: `input_ids`, `labels` (and what else the tokenizer makes, without padding)."""
-    ids = tokenizer(split.texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
-    return [{"input_ids": row, "labels": label} for row, label in zip(ids, split.labels, strict=True)]
+    """One dict a row: what `encode` makes of it, and `labels`."""
+    rows = encode(tokenizer, split.texts, split.pairs, max_length)
+    return [row | {"labels": label} for row, label in zip(rows, split.labels, strict=True)]
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
+) -> list[dict[str, Any]]:
+    """One dict a row without padding: `input_ids` and, for pairs in families that tell them apart, `token_type_ids`.
+
+    Args:
+        texts: the texts, or the first ones of pairs.
+        pairs: the second ones; None = single texts.
+        max_length: tokens a row is cut to, of pairs the longer text first.
+    """
+    if not texts:
+        return []
+    if pairs is None:
+        ids = tokenizer(list(texts), truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
+        return [{"input_ids": row} for row in ids]
+    made = tokenizer(list(texts), list(pairs), truncation=True, max_length=max_length, return_attention_mask=False)
+    names = [name for name in ("input_ids", "token_type_ids") if name in made]
+    return [dict(zip(names, row, strict=True)) for row in zip(*(made[name] for name in names), strict=True)]
 
 
 def collate(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """A padded batch: `input_ids`, `attention_mask` and, where the rows have them, `labels`."""
+    """A padded batch: `input_ids`, `attention_mask` and, where the rows have them, `token_type_ids` and `labels`."""
     longest = max(len(row["input_ids"]) for row in rows)
     batch = {
         "input_ids": torch.full((len(rows), longest), tokenizer.pad_token_id or 0),
@@ -112,6 +132,11 @@ def collate(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]) 
     for i, row in enumerate(rows):
         batch["input_ids"][i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
         batch["attention_mask"][i, : len(row["input_ids"])] = 1
+    if any("token_type_ids" in row for row in rows):
+        batch["token_type_ids"] = torch.zeros(len(rows), longest, dtype=torch.long)
+        for i, row in enumerate(rows):
+            types = row.get("token_type_ids", [])  # single texts among pairs are of type 0
+            batch["token_type_ids"][i, : len(types)] = torch.tensor(types, dtype=torch.long)
     if "labels" in rows[0]:
         batch["labels"] = torch.tensor([row["labels"] for row in rows])
     return batch
@@ -189,9 +214,12 @@ def check_budget(budget: float) -> float:
     return budget
 
 
-def lines_in_batches(lines: Iterable[str], size: int) -> Iterable[list[str]]:
+Line = TypeVar("Line")
+
+
+def lines_in_batches(lines: Iterable[Line], size: int) -> Iterable[list[Line]]:
     """Consecutive lists of at most `size` lines."""
-    held: list[str] = []
+    held: list[Line] = []
     for line in lines:
         held.append(line)
         if len(held) == size:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .data import Text
 from .hf.modeling import DHTForSequenceClassification
-from .load import collate, lines_in_batches
+from .load import collate, encode, lines_in_batches
 
 
 def predict(
     model: DHTForSequenceClassification,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
+    texts: Iterable[Text],
     *,
     batch_size: int = 32,
     max_length: int = 128,
@@ -25,7 +26,7 @@ def predict(
     """One dict a text, in order: `label`, `score` (its probability), `layers`, `heads`, `flops_fraction`.
 
     Args:
-        texts: read lazily, a batch at a time.
+        texts: single ones or pairs, read lazily, a batch at a time.
         batch_size: rows that run together; it does not change any answer.
         max_length: tokens a text is cut to.
         details: also `units` (unit indices per layer run) and `exits` (label and score of each exit passed).
@@ -33,8 +34,7 @@ def predict(
     names = model.config.label_names
     model.eval()
     for held in lines_in_batches(texts, batch_size):
-        ids = tokenizer(held, truncation=True, max_length=max_length)["input_ids"]
-        batch = collate(tokenizer, [{"input_ids": row} for row in ids])
+        batch = collate(tokenizer, encode_mixed(tokenizer, held, max_length))
         with torch.inference_mode():
             trace = model(**{key: value.to(model.device) for key, value in batch.items()}).trace
         probs = trace.logits.float().softmax(-1)
@@ -58,6 +58,18 @@ def predict(
                     if seen
                 ]
             yield row
+
+
+def encode_mixed(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int) -> list[dict[str, Any]]:
+    """One dict a row, as `encode` makes them, of single texts and pairs in any order."""
+    rows: list[dict[str, Any]] = [{} for _ in texts]
+    singles = [i for i, text in enumerate(texts) if isinstance(text, str)]
+    both = [i for i, text in enumerate(texts) if not isinstance(text, str)]
+    made = encode(tokenizer, [str(texts[i]) for i in singles], None, max_length)
+    made += encode(tokenizer, [texts[i][0] for i in both], [texts[i][1] for i in both], max_length)
+    for i, row in zip([*singles, *both], made, strict=True):
+        rows[i] = row
+    return rows
 
 
 def to_line(row: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ from transformers import (
 from ._files import explained, write_json
 from .calibrate import calibrate
 from .config import TrainSettings
-from .data import TextData, load_data
+from .data import TextData, balanced_weights, load_data
 from .errors import CheckpointError, DHTError
 from .hf.convert import FAMILIES, export
 from .hf.modeling import DHTForSequenceClassification
@@ -72,11 +72,17 @@ class Fitted:
 
 
 def train(
-    settings: TrainSettings, *, resume: bool = False, overwrite: bool = False, say: Say = lambda _: None
+    settings: TrainSettings,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Say = lambda _: None,
+    data: TextData | None = None,
 ) -> dict[str, Any]:
     """Trains, evaluates on the test split, fills `settings.out`, and returns the report.
 
     Args:
+        data: train, validation and perhaps test split; None = loaded as `settings.data` says.
         resume: go on from the last complete checkpoint in `settings.out`.
         overwrite: replace a run that is already there.
         say: called with a line of news now and then.
@@ -85,7 +91,7 @@ def train(
         DHTError: bad settings or data, or a run in the way.
         KeyboardInterrupt: passed on; the last checkpoint stays usable.
     """
-    fitted = fit(settings, resume=resume, overwrite=overwrite, say=say)
+    fitted = fit(settings, resume=resume, overwrite=overwrite, say=say, data=data)
     model, tokenizer, data, report = fitted.model, fitted.tokenizer, fitted.data, fitted.report
     if fitted.history:
         write_json(settings.out / "history.json", fitted.history)
@@ -107,6 +113,7 @@ def fit(
     say: Say = lambda _: None,
     make: MakeTrainer | None = None,
     options: Mapping[str, Any] | None = None,
+    data: TextData | None = None,
 ) -> Fitted:
     """Trains and readies the policy for serving; the test split is not looked at.
 
@@ -114,6 +121,7 @@ def fit(
         resume, overwrite, say: as for `train`.
         make: makes the trainer; None = dense or dynamic, as the settings say.
         options: fields of `DHTConfig` beyond those that the settings have.
+        data: train and validation split; None = loaded as `settings.data` says.
 
     Raises:
         DHTError: as for `train`.
@@ -124,13 +132,16 @@ def fit(
     start = _last_checkpoint(checkpoints) if resume else None
     if start is None:
         claim_folder(settings.out, overwrite)
-    data = load_data(
+    data = data or load_data(
         settings.data, text_column=settings.text_column, label_column=settings.label_column, seed=settings.seed,
         splits=("train", "validation"), optional=("test",),
     )  # fmt: skip
     for note in data.notes:
         say(note)
     set_seed(settings.seed)
+    assert data.train is not None
+    if settings.class_weights == "balanced":
+        options = {**(options or {}), "class_weights": balanced_weights(data.train.labels, len(data.label_names))}
     model, tokenizer = build(settings, data.label_names, options)
     cast(nn.Module, model).to(device)
     rows = {name: tokenise(tokenizer, getattr(data, name), settings.max_length) for name in ("train", "validation")}

@@ -109,7 +109,7 @@ class DHTTrainer(Trainer):
         labels = inputs.pop("labels")
         training = model.training
         output = model(**inputs, every_exit=training, mode=self._mode() if training else "exploit", tap_gates=training)
-        loss = exit_loss(output.trace, labels)
+        loss = exit_loss(output.trace, labels, self.dynamic.config.class_weights)
         if training:
             self._trace, self._labels = output.trace, labels
         return (loss, output) if return_outputs else loss

@@ -46,8 +46,8 @@ class BenchSettings:
     device: str = "auto"
     repeats: int = 5
     seed: int = 0
-    text_column: str = "text"
-    label_column: str = "label"
+    text_column: str | None = None
+    label_column: str | None = None
     problems: tuple[str, ...] = field(default=(), repr=False)
 
     def check(self) -> None:

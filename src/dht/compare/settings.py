@@ -77,8 +77,8 @@ class CompareSettings:
     max_length: int = 128
     device: str = "auto"
     dtype: str = "float32"
-    text_column: str = "text"
-    label_column: str = "label"
+    text_column: str | None = None
+    label_column: str | None = None
 
     def check(self) -> None:
         """Raises `ConfigError` with every problem."""

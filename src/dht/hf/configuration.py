@@ -54,6 +54,7 @@ class DHTConfig(PreTrainedConfig):
         exploration: share of training steps that run every layer and every unit: no layer starves, every unit is paid.
         head_sets: G, distinct head sets per layer and width that a batch may use.
         reward: "correct" or "probability", the quality of an exit.
+        class_weights: what a row of each class counts in the loss; None = 1.
         budget: the fraction of dense FLOPs that the model was trained for.
         policy_seed: seed of the policy's draws.
     """
@@ -104,6 +105,7 @@ class DHTConfig(PreTrainedConfig):
     exploration: float = 0.02
     head_sets: int = 1
     reward: str = "correct"
+    class_weights: list[float] | None = None
     budget: float = 1.0
     policy_seed: int = 0
     format_version: int = FORMAT_VERSION
@@ -181,6 +183,9 @@ class DHTConfig(PreTrainedConfig):
         need(self.ridge > 0, f"ridge: got {self.ridge}, must be above 0")
         for name in ("alpha", "sigma", "unit_weight", "context_projection"):
             need(getattr(self, name) >= 0, f"{name}: got {getattr(self, name)}, must be at least 0")
+        weights, classes = self.class_weights, len(self.label_names)
+        right = weights is None or (len(weights) == classes and all(0 <= w < math.inf for w in weights))
+        need(right, f"class_weights: got {weights}, must be {classes} finite numbers of at least 0, one a class")
         need(self.head_sets >= 1, f"head_sets: got {self.head_sets}, must be at least 1")
         if problems:
             raise ConfigError(problems)

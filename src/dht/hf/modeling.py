@@ -135,7 +135,7 @@ class DHTForSequenceClassification(PreTrainedModel):
             every_exit=every_exit or (labels is not None and chosen.trains_exits),
             tap_gates=tap_gates,
         )
-        loss = None if labels is None else exit_loss(trace, labels)
+        loss = None if labels is None else exit_loss(trace, labels, self.config.class_weights)
         output = DHTOutput(loss=loss, logits=trace.logits, trace=trace)
         return output if return_dict is not False else output.to_tuple()
 
@@ -154,16 +154,18 @@ def _policy_state(path: str | Path, where: dict[str, Any]) -> dict[str, Tensor]:
     return state
 
 
-def exit_loss(trace: Trace, labels: Tensor) -> Tensor:
+def exit_loss(trace: Trace, labels: Tensor, class_weights: list[float] | None = None) -> Tensor:
     """Mean over rows of the cross-entropy of each row's visited exits, deeper exits weighing more (layer number).
 
     Args:
         labels: int64 [B].
+        class_weights: what a row of each class counts; None = 1. The mean is over rows, not over their weights.
     """
+    by_class = None if class_weights is None else torch.tensor(class_weights, device=labels.device)
     total = trace.exits[0].logits.new_zeros(labels.shape[0], dtype=torch.float32)
     weight = torch.zeros_like(total)
     for exit_ in trace.exits:
-        loss = F.cross_entropy(exit_.logits.float(), labels[exit_.rows], reduction="none")
+        loss = F.cross_entropy(exit_.logits.float(), labels[exit_.rows], by_class, reduction="none")
         total = total.index_add(0, exit_.rows, exit_.layer * loss)
         weight = weight.index_add(0, exit_.rows, torch.full_like(loss, exit_.layer).detach())
     return (total / weight).mean()
