@@ -8,6 +8,7 @@ from typing import Any
 
 from .errors import ConfigError
 
+TASKS = ("auto", "single", "multi", "regression")
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -30,6 +31,7 @@ class TrainSettings:
             `settle` of all steps.
         save_every: checkpoint every so many steps; 0 = once an epoch.
         text_column, label_column: names in the data, as for `load_data`; None = inferred.
+        task: "single" (one class a row), "multi" (several), "regression", or "auto" (as the labels look).
         class_weights: "none", or "balanced": in the loss a row counts n / (C n_c), with n_c rows of its class of n.
         dense: train the plain full model instead (one exit, no policy), the reference to compare with.
     """
@@ -54,6 +56,7 @@ class TrainSettings:
     text_column: str | None = None
     label_column: str | None = None
     class_weights: str = "none"
+    task: str = "auto"
     dense: bool = False
 
     def check(self) -> None:
@@ -77,6 +80,7 @@ class TrainSettings:
         need(self.dtype in DTYPES, "dtype", ", ".join(DTYPES))
         need(0.0 < self.warm_start <= 1.0, "warm_start", "a number in (0, 1]")
         need(0.0 <= self.settle <= 1.0, "settle", "a number in [0, 1]")
+        need(self.task in TASKS, "task", ", ".join(TASKS))
         need(self.save_every >= 0, "save_every", "0 or more")
         need(0 <= self.seed < 2**32, "seed", "0 to 2^32 - 1")
         if problems:

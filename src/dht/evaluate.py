@@ -64,7 +64,7 @@ def evaluate(
     matched = policy in ("confidence", "patience", "random", "hash", "length")
     loaded = load_data(
         data, text_column=text_column, label_column=label_column, seed=seed, label_names=label_names,
-        splits=(split,), optional=("validation",) if matched else (),
+        splits=(split,), optional=("validation",) if matched else (), task=model.task.name,
     )  # fmt: skip
     for note in loaded.notes:
         say(note)

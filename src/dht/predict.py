@@ -25,38 +25,33 @@ def predict(
 ) -> Iterator[dict[str, Any]]:
     """One dict a text, in order: `label`, `score` (its probability), `layers`, `heads`, `flops_fraction`.
 
+    With several labels a row, `label` and `score` are lists; of a regression, `label` is the number and `score` None.
+
     Args:
         texts: single ones or pairs, read lazily, a batch at a time.
         batch_size: rows that run together; it does not change any answer.
         max_length: tokens a text is cut to.
         details: also `units` (unit indices per layer run) and `exits` (label and score of each exit passed).
     """
-    names = model.config.label_names
+    task, names = model.task, [model.config.label_names[i] for i in range(len(model.config.label_names))]
     model.eval()
     for held in lines_in_batches(texts, batch_size):
         batch = collate(tokenizer, encode_mixed(tokenizer, held, max_length))
         with torch.inference_mode():
             trace = model(**{key: value.to(model.device) for key, value in batch.items()}).trace
-        probs = trace.logits.float().softmax(-1)
-        score, label = probs.max(-1)
         ran, widths = trace.layers, trace.units.sum(-1)
         table, visited = trace.exit_table()
-        exits = table.float().softmax(-1)
         for i in range(len(held)):
             row: dict[str, Any] = {
-                "label": names[int(label[i])],
-                "score": round(float(score[i]), 6),
+                **task.told(trace.logits[i], names),
                 "layers": int(ran[i]),
                 "heads": widths[i, : int(ran[i])].tolist(),
                 "flops_fraction": round(float(trace.flops[i] / trace.dense_flops[i]), 6),
             }
             if details:
                 row["units"] = [layer.nonzero()[:, 0].tolist() for layer in trace.units[i, : int(ran[i])]]
-                row["exits"] = [
-                    {"prediction": names[int(p.argmax())], "score": float(p.max())}
-                    for p, seen in zip(exits[i], visited[i], strict=True)
-                    if seen
-                ]
+                told = [task.told(logits, names) for logits, seen in zip(table[i], visited[i], strict=True) if seen]
+                row["exits"] = [{"prediction": exit_["label"], "score": exit_["score"]} for exit_ in told]
             yield row
 
 

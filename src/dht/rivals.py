@@ -67,11 +67,11 @@ class _Depths:
     cumulative: Tensor  # [n, N] FLOPs up to each exit
 
     def judged(self, depth: Tensor) -> tuple[float, float]:
-        """FLOPs fraction and accuracy if row i leaves after `depth[i]` layers."""
+        """FLOPs fraction and mean quality (the accuracy) if row i leaves after `depth[i]` layers."""
         index = (depth - 1)[:, None]
         spent = self.cumulative.gather(1, index).sum() / self.outcome.dense_flops.sum()
-        answers = self.outcome.exit_logits.argmax(-1).gather(1, index)[:, 0]
-        return float(spent), float((answers == self.outcome.labels).double().mean())
+        logits = self.outcome.exit_logits[torch.arange(len(depth)), depth - 1]
+        return float(spent), float(self.outcome.task.quality(logits, self.outcome.labels).mean())
 
 
 def _exit_rule(name: str, model: DHTForSequenceClassification, budget: float, calibration: Sequence[Batch]) -> Policy:
@@ -116,7 +116,7 @@ def match_exits(
         calibration: labelled validation batches.
     """
     depth = int(sets.any(-1).sum())
-    outcome = run_policy(model, calibration, ConfidencePolicy(sets, 2.0), dtype=dtype)
+    outcome = run_policy(model, calibration, PatiencePolicy(sets, depth, model.task), dtype=dtype)  # never leaves
     outcome = replace(outcome, exit_logits=outcome.exit_logits[:, :depth])
     tokens = round(float(torch.cat([batch["attention_mask"].sum(-1) for batch in calibration]).double().mean()))
     shares = model.encoder.cost.layer_shares(sets[:depth].sum(-1), tokens)
@@ -130,7 +130,7 @@ def match_exits(
             high = middle
         else:
             low = middle
-    policy = (ConfidencePolicy if name == "confidence" else PatiencePolicy)(sets, low)
+    policy = (ConfidencePolicy if name == "confidence" else PatiencePolicy)(sets, low, model.task)
     return MatchedExits(policy, low, depths.judged(find(outcome, low))[1], affordable)
 
 
@@ -142,16 +142,17 @@ def _first(stop: Tensor) -> Tensor:
 
 
 def _confidence_depth(outcome: Outcome, threshold: float) -> Tensor:
-    return _first(outcome.exit_logits.softmax(-1).amax(-1) > threshold)
+    return _first(outcome.task.confidence(outcome.exit_logits) > threshold)
 
 
 def _patience_depth(outcome: Outcome, patience: float) -> Tensor:
-    answers = outcome.exit_logits.argmax(-1)
-    streak = torch.zeros_like(answers)
-    for layer in range(1, answers.shape[1]):
-        streak[:, layer] = torch.where(answers[:, layer] == answers[:, layer - 1], streak[:, layer - 1] + 1, 0)
+    logits = outcome.exit_logits
+    same = outcome.task.agree(logits[:, 1:], logits[:, :-1])
+    streak = torch.zeros(logits.shape[:2], dtype=torch.long)
+    for layer in range(1, logits.shape[1]):
+        streak[:, layer] = torch.where(same[:, layer - 1], streak[:, layer - 1] + 1, 0)
     whole = int(patience)
     # Rows are dealt to the two whole numbers evenly here and by a hash of their tokens in the policy.
-    rows = torch.arange(len(answers))
+    rows = torch.arange(len(logits))
     spread = (rows * 0.618033988749895) % 1.0
     return _first(streak >= whole + (spread < patience - whole).long()[:, None])

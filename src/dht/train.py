@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, pstdev
 from typing import Any, cast
 
 import torch
@@ -36,6 +37,7 @@ from .load import build, by_length, collate, device_of, tokenise
 from .measure import autocast, report_of, run_policy, split_labels, time_policy
 from .policy.baselines import DensePolicy
 from .policy.budget import Schedule
+from .task import Regression, SingleLabel
 from .training import DHTTrainer, Ledger, finish
 
 CALIBRATION_BATCHES = 16
@@ -134,14 +136,17 @@ def fit(
         claim_folder(settings.out, overwrite)
     data = data or load_data(
         settings.data, text_column=settings.text_column, label_column=settings.label_column, seed=settings.seed,
-        splits=("train", "validation"), optional=("test",),
+        splits=("train", "validation"), optional=("test",), task=settings.task,
     )  # fmt: skip
     for note in data.notes:
         say(note)
     set_seed(settings.seed)
     assert data.train is not None
+    options = {**(options or {}), **task_options(data)}
     if settings.class_weights == "balanced":
-        options = {**(options or {}), "class_weights": balanced_weights(data.train.labels, len(data.label_names))}
+        if data.task != SingleLabel.name:
+            raise DHTError(f"--class-weights: got 'balanced', but the task is {data.task}; it needs one class a row")
+        options["class_weights"] = balanced_weights(data.train.labels, len(data.label_names))
     model, tokenizer = build(settings, data.label_names, options)
     cast(nn.Module, model).to(device)
     rows = {name: tokenise(tokenizer, getattr(data, name), settings.max_length) for name in ("train", "validation")}
@@ -164,6 +169,17 @@ def fit(
     }
     steps = trainer.state.global_step * settings.accumulate
     return Fitted(model, tokenizer, data, rows, steps, ledger.history if ledger else [], report)
+
+
+def task_options(data: TextData) -> dict[str, Any]:
+    """The fields of `DHTConfig` that the labels decide."""
+    if data.task == SingleLabel.name:
+        return {}
+    options: dict[str, Any] = {"problem_type": data.task}
+    if data.task == Regression.name:
+        assert data.train is not None
+        options |= {"label_mean": mean(data.train.labels), "label_std": pstdev(data.train.labels)}
+    return options
 
 
 def _run(trainer: Trainer, checkpoints: Path, start: Path | None) -> None:
@@ -386,8 +402,8 @@ def evaluate_run(
         threads=torch.get_num_threads(), torch=torch.__version__, data=data.name, model=settings.model,
         ffn=settings.ffn,
     )  # fmt: skip
-    full = outcome if settings.dense else run_policy(model, batches, dense, dtype=dtype)
-    return report | {"full_depth_accuracy": full.accuracy}
+    full = (outcome if settings.dense else run_policy(model, batches, dense, dtype=dtype)).metrics
+    return report | {f"full_depth_{name}": full[name] for name in ("accuracy", model.task.metric)}
 
 
 def save_run(

@@ -109,7 +109,7 @@ class DHTTrainer(Trainer):
         labels = inputs.pop("labels")
         training = model.training
         output = model(**inputs, every_exit=training, mode=self._mode() if training else "exploit", tap_gates=training)
-        loss = exit_loss(output.trace, labels, self.dynamic.config.class_weights)
+        loss = exit_loss(output.trace, labels, task=self.dynamic.task)
         if training:
             self._trace, self._labels = output.trace, labels
         return (loss, output) if return_outputs else loss
@@ -131,7 +131,7 @@ class DHTTrainer(Trainer):
         with torch.no_grad():
             policy.observe_units(trace)
             if self.feedback is None or (self.state.epoch or 0.0) < 1.0:
-                policy.observe(trace, quality(trace, self._labels, self.dynamic.config.reward))
+                policy.observe(trace, quality(trace, self._labels, self.dynamic.task))
             if self.feedback is not None and step % self.feedback_every == 0:
                 self.probe(self.feedback(step // self.feedback_every))
             price = float(policy.price)
@@ -152,7 +152,7 @@ class DHTTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             trace: Trace = model(**inputs, mode="probe").trace
         model.train(was_training)
-        model.policy.observe(trace, quality(trace, batch["labels"], model.config.reward))
+        model.policy.observe(trace, quality(trace, batch["labels"], model.task))
         self.ledger.executed += float(trace.flops.sum())
         return trace
 

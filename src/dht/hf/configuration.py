@@ -55,6 +55,9 @@ class DHTConfig(PreTrainedConfig):
         head_sets: G, distinct head sets per layer and width that a batch may use.
         reward: "correct" or "probability", the quality of an exit.
         class_weights: what a row of each class counts in the loss; None = 1.
+        problem_type: "single_label_classification" (None means it too), "multi_label_classification" or "regression"
+            (None with one output); the task (`dht.task`).
+        label_mean, label_std: of a regression's training labels; its loss and reward are in units of them.
         budget: the fraction of dense FLOPs that the model was trained for.
         policy_seed: seed of the policy's draws.
     """
@@ -105,6 +108,8 @@ class DHTConfig(PreTrainedConfig):
     exploration: float = 0.02
     head_sets: int = 1
     reward: str = "correct"
+    label_mean: float | int = 0.0
+    label_std: float | int = 1.0
     class_weights: list[float] | None = None
     budget: float = 1.0
     policy_seed: int = 0
@@ -187,5 +192,17 @@ class DHTConfig(PreTrainedConfig):
         right = weights is None or (len(weights) == classes and all(0 <= w < math.inf for w in weights))
         need(right, f"class_weights: got {weights}, must be {classes} finite numbers of at least 0, one a class")
         need(self.head_sets >= 1, f"head_sets: got {self.head_sets}, must be at least 1")
+        problem, outputs = self.problem_type, len(self.label_names)
+        need(outputs == 1 or problem != "regression", f"problem_type: 'regression' has one output, got {outputs}")
+        single = problem in (None, "single_label_classification") and outputs > 1
+        need(single or weights is None, f"class_weights: got {weights}, but problem_type {problem!r} takes none")
+        numeric = problem == "regression" or (problem is None and outputs == 1)
+        need(not numeric or self.reward == "correct", f"reward: got {self.reward!r}, a regression takes only 'correct'")
+        mean, std = float(self.label_mean), float(self.label_std)
+        need(math.isfinite(mean), f"label_mean: got {mean}, must be a finite number")
+        need(math.isfinite(std) and std > 0, f"label_std: got {std}, must be a finite number above 0")
+        need(
+            numeric or (mean, std) == (0.0, 1.0), f"label_mean, label_std: got {mean:g}, {std:g}, only for a regression"
+        )
         if problems:
             raise ConfigError(problems)

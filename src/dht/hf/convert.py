@@ -40,6 +40,8 @@ def convert(model: PreTrainedModel, num_labels: int | None = None, **settings: A
     keeps_head = hasattr(model, "classifier") and (num_labels is None or num_labels == source.num_labels)
     if keeps_head:  # the checkpoint's own head reads the first token, unless it says otherwise
         labelled["last_pooling"] = getattr(source, "classifier_pooling", "cls")
+        if source.problem_type is not None:
+            settings = {"problem_type": source.problem_type} | settings
     config = DHTConfig(**settings_of(source), **labelled, **settings)
     dynamic = DHTForSequenceClassification(config)
     prefix = f"{model.base_model_prefix}."
@@ -51,6 +53,11 @@ def convert(model: PreTrainedModel, num_labels: int | None = None, **settings: A
                 exit_.dense.bias.copy_(state[f"{family.pooler}.bias"])
         for names, ours in _counterparts(dynamic, family, keeps_head):
             ours.copy_(torch.cat([state[name] for name in names]).view(ours.shape))
+        if keeps_head:
+            mean, std = config.label_mean, config.label_std
+            last = dynamic.encoder.exits[-1].classifier
+            last.weight.div_(std)
+            last.bias.sub_(mean).div_(std)
     dynamic.policy.restart()
     return dynamic
 
@@ -156,6 +163,9 @@ def export(dynamic: DHTForSequenceClassification) -> PreTrainedModel:
         full = [name if name in own else f"{plain.base_model_prefix}.{name}" for name in names]
         theirs = ours.detach().reshape(-1, *own[full[0]].shape[1:])
         state |= dict(zip(full, theirs.chunk(len(full)), strict=True))
+    at = f"{family.classifier}."
+    state[at + "weight"] = state[at + "weight"] * config.label_std  # theirs answers in the labels' unit by itself
+    state[at + "bias"] = state[at + "bias"] * config.label_std + config.label_mean
     missing, unexpected = plain.load_state_dict(state, strict=False)
     lost = [name for name in missing if "position_ids" not in name]
     assert not [*lost, *unexpected], f"name map of {config.source} is incomplete: {lost} {unexpected}"

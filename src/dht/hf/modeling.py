@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
@@ -23,6 +22,7 @@ from ..plan import Mode, Trace
 from ..policy.base import Policy
 from ..policy.integrated import IntegratedPolicy
 from ..policy.tree import TreePolicy
+from ..task import SingleLabel, Task, task_of
 from .configuration import DHTConfig
 
 
@@ -86,6 +86,11 @@ class DHTForSequenceClassification(PreTrainedModel):
             model.policy.load_state_dict({k: v.to(model.device) for k, v in state.items()}, assign=True)
         return loaded
 
+    @property
+    def task(self) -> Task:
+        """What the model is for, as its configuration says."""
+        return task_of(self.config)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.embeddings.words
 
@@ -118,7 +123,8 @@ class DHTForSequenceClassification(PreTrainedModel):
             input_ids: int64 [B, T].
             attention_mask: [B, T], 1 at real tokens.
             token_type_ids: int64 [B, T].
-            labels: int64 [B]; adds the loss over all visited exits.
+            labels: int64 [B], float [B, C] (multi-label) or float [B] (regression); adds the loss over all visited
+                exits.
             policy: what decides; None = `active_policy`, else the learned policy.
             mode: exploit (default), explore or probe.
             every_exit: compute every exit passed, even if the policy does not read them.
@@ -135,7 +141,7 @@ class DHTForSequenceClassification(PreTrainedModel):
             every_exit=every_exit or (labels is not None and chosen.trains_exits),
             tap_gates=tap_gates,
         )
-        loss = None if labels is None else exit_loss(trace, labels, self.config.class_weights)
+        loss = None if labels is None else exit_loss(trace, labels, task=self.task)
         output = DHTOutput(loss=loss, logits=trace.logits, trace=trace)
         return output if return_dict is not False else output.to_tuple()
 
@@ -154,18 +160,26 @@ def _policy_state(path: str | Path, where: dict[str, Any]) -> dict[str, Tensor]:
     return state
 
 
-def exit_loss(trace: Trace, labels: Tensor, class_weights: list[float] | None = None) -> Tensor:
-    """Mean over rows of the cross-entropy of each row's visited exits, deeper exits weighing more (layer number).
+def exit_loss(
+    trace: Trace, labels: Tensor, class_weights: list[float] | None = None, *, task: Task | None = None
+) -> Tensor:
+    """Mean over rows of the loss of each row's visited exits, deeper exits weighing more (layer number).
 
     Args:
-        labels: int64 [B].
+        labels: [B, ...], as the task takes them.
         class_weights: what a row of each class counts; None = 1. The mean is over rows, not over their weights.
+        task: says what the loss is; None = `SingleLabel` with `class_weights`.
+
+    Raises:
+        ValueError: labels of a type or shape that the task does not take.
     """
-    by_class = None if class_weights is None else torch.tensor(class_weights, device=labels.device)
+    if task is None:
+        task = SingleLabel(class_weights=None if class_weights is None else tuple(class_weights))
+    task.check(labels, trace.logits)
     total = trace.exits[0].logits.new_zeros(labels.shape[0], dtype=torch.float32)
     weight = torch.zeros_like(total)
     for exit_ in trace.exits:
-        loss = F.cross_entropy(exit_.logits.float(), labels[exit_.rows], by_class, reduction="none")
+        loss = task.losses(exit_.logits, labels[exit_.rows])
         total = total.index_add(0, exit_.rows, exit_.layer * loss)
         weight = weight.index_add(0, exit_.rows, torch.full_like(loss, exit_.layer).detach())
     return (total / weight).mean()

@@ -131,6 +131,7 @@ class ExitHead(nn.Module):
         bias: False for a dense layer without bias.
         norm: applied after the activation; None = nothing is.
         dropout: probability before the classifier, used in training mode.
+        mean, std: what the classifier's output times `std` plus `mean` is in the unit of the labels (regression).
     """
 
     def __init__(
@@ -144,6 +145,8 @@ class ExitHead(nn.Module):
         bias: bool = True,
         norm: nn.LayerNorm | None = None,
         dropout: float = 0.0,
+        mean: float = 0.0,
+        std: float = 1.0,
     ) -> None:
         super().__init__()
         self.pooling = pooling
@@ -153,6 +156,7 @@ class ExitHead(nn.Module):
         self.norm = norm or nn.Identity()
         self.classifier = nn.Linear(width, classes)
         self.dropout = nn.Dropout(dropout)
+        self.unit = None if (mean, std) == (0.0, 1.0) else (float(mean), float(std))
 
     def pool(self, rows: Packed) -> Tensor:
         """[R, D], what the classifier reads of each row."""
@@ -164,6 +168,8 @@ class ExitHead(nn.Module):
         """Logits [R, C] of `pooled` [R, D]."""
         read = self.norm(self.activation(self.dense(pooled)))
         logits: Tensor = self.classifier(self.dropout(read))
+        if self.unit is not None:
+            logits = logits.float() * self.unit[1] + self.unit[0]
         return logits
 
 
@@ -217,7 +223,10 @@ class Encoder(nn.Module):
         buckets = config.relative_attention_num_buckets
         self.position_bias = RelativePositionBias(buckets, heads) if buckets else None
         classes = len(config.label_names)
-        head = partial(ExitHead, width, heads, classes, dropout=config.hidden_dropout_prob)
+        head = partial(
+            ExitHead, width, heads, classes, dropout=config.hidden_dropout_prob,
+            mean=config.label_mean, std=config.label_std,
+        )  # fmt: skip
         last = head(
             pooling=config.last_pooling or config.pooling,
             activation=config.last_activation,
