@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dht.errors import DataError, shown
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
-TASKS = {"single": SINGLE, "multi": MULTI, "regression": REGRESSION}
-"""Names of the tasks on the command line -> `problem_type`, as `transformers` has it."""
+EMBEDDING = "embedding"
+TASKS = {"single": SINGLE, "multi": MULTI, "regression": REGRESSION, "embedding": EMBEDDING}
+"""Names of the tasks on the command line -> `problem_type`, as `transformers` has it (an embedding has none there)."""
 NUMBER_NAME = "value"
 """The one output of a regression."""
 
@@ -68,6 +69,11 @@ def label_number(label: object, where: str) -> float:
         got = "no label" if label is None or label == "" else f"label {shown(label)}"
         raise DataError(f"{where}: {got}; allowed for a regression: a finite number; fix or remove the row")
     return number
+
+
+def no_label(label: object, where: str) -> float:
+    """Nothing: an embedding needs no label."""
+    return 0.0
 
 
 def label_list(label: object, where: str) -> list[str | int | float]:

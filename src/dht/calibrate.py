@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from .hf.convert import deal_neurons
 from .hf.modeling import DHTForSequenceClassification, exit_loss
+from .maps import fit_maps
 from .model.execute import execute
 from .plan import Trace
 from .policy.reward import quality
+from .task import Embedding
 
 
 def calibrate(
@@ -86,6 +88,9 @@ def _fit_exit_heads(
                 pooled[layer].append(encoder.pool(layer + 1, rows).float())
     labels = torch.cat([batch["labels"] for batch in batches])
     states = [torch.cat(part) for part in pooled]
+    if isinstance(task, Embedding):
+        fit_maps(list(encoder.exits), states, labels)
+        return
     optimizer = torch.optim.AdamW(encoder.exits.parameters(), lr=lr)
     for _ in range(steps):
         loss = torch.stack([task.losses(e(x), labels).mean() for e, x in zip(encoder.exits, states, strict=True)]).sum()

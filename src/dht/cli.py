@@ -116,7 +116,8 @@ def train(
         str, typer.Option(help="none, or balanced: every class counts alike in the loss, however rare it is.")
     ] = "none",
     task: Annotated[
-        str, typer.Option(help="single, multi (labels are lists), regression, or auto: as the labels look, said.")
+        str,
+        typer.Option(help="single, multi (labels are lists), regression, auto (as labels look, said), or embedding."),
     ] = "auto",
     dense: Annotated[bool, typer.Option("--dense", help="Train the plain full model instead: the reference.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint in --out.")] = False,

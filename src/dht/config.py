@@ -8,7 +8,7 @@ from typing import Any
 
 from .errors import ConfigError
 
-TASKS = ("auto", "single", "multi", "regression")
+TASKS = ("auto", "single", "multi", "regression", "embedding")
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -31,7 +31,8 @@ class TrainSettings:
             `settle` of all steps.
         save_every: checkpoint every so many steps; 0 = once an epoch.
         text_column, label_column: names in the data, as for `load_data`; None = inferred.
-        task: "single" (one class a row), "multi" (several), "regression", or "auto" (as the labels look).
+        task: "single" (one class a row), "multi" (several), "regression", "auto" (as the labels look), or
+            "embedding" (no labels: what the encoder's last layer says is learned by every exit).
         class_weights: "none", or "balanced": in the loss a row counts n / (C n_c), with n_c rows of its class of n.
         dense: train the plain full model instead (one exit, no policy), the reference to compare with.
     """

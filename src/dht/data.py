@@ -16,6 +16,7 @@ from typing import Any
 
 from dht._columns import ColumnChoice, text_columns
 from dht._labels import (
+    EMBEDDING,
     INTEGER,
     MULTI,
     NUMBER_NAME,
@@ -28,6 +29,7 @@ from dht._labels import (
     label_name,
     label_number,
     list_names,
+    no_label,
     task_note,
 )
 from dht._rows import clean_text, decode_line, parse_object, read_lines
@@ -159,8 +161,9 @@ def load_data(
         optional: splits that are read when they are there; none is made.
         label_names: the classes of a trained model, in its order. Labels are mapped onto them.
         stream_rows: rows taken of each split that is streamed; `notes` says how many there were.
-        task: what labels are: "single" (one class), "multi" (a list of classes, or of 0 and 1), "regression" (a number)
-            or "auto" (inferred from the first split that is read, which `notes` says); a `problem_type` works too.
+        task: what labels are: "single" (one class), "multi" (a list of classes, or of 0 and 1), "regression" (a
+            number), "embedding" (none needed) or "auto" (inferred from the first split that is read, which `notes`
+            says); a `problem_type` works too.
 
     Returns:
         The data; splits neither needed nor optional are None.
@@ -169,7 +172,8 @@ def load_data(
         DataError: anything that is missing or broken; the message names file and line.
     """
     assert set(splits) | set(optional) <= set(SPLITS), "unknown split"
-    src = open_source(source, ColumnChoice(text_column, label_column), stream_rows)
+    choice = ColumnChoice(text_column, label_column, labelled=task != EMBEDDING)
+    src = open_source(source, choice, stream_rows)
     make_validation = "validation" in splits and "validation" not in src.rows and "train" in src.rows
     for split in splits:
         if split not in src.rows and not (split == "validation" and make_validation):
@@ -316,7 +320,7 @@ def _named_sets(src: Source, checked: dict[str, _Checked]) -> dict[str, _Checked
 
 
 def _check_rows(src: Source, split: str, task: str) -> _Checked:
-    read = {SINGLE: label_name, MULTI: label_list, REGRESSION: label_number}[task]
+    read = {SINGLE: label_name, MULTI: label_list, REGRESSION: label_number, EMBEDDING: no_label}[task]
     texts: list[str] = []
     names: list[Any] = []
     lines: list[int] = []
@@ -345,6 +349,8 @@ def _classes(
 ) -> tuple[list[str], dict[str, int]]:
     """The class names in order of index, and the index of every label that may occur."""
     task, width = next(((rows.task, rows.width) for rows in checked.values()), (SINGLE, 0))
+    if task == EMBEDDING:
+        return [EMBEDDING], {}
     if "train" in checked:
         _require_variety(src, checked["train"])
     if task == REGRESSION:
@@ -380,7 +386,7 @@ def _require_variety(src: Source, train: _Checked) -> None:
 
 
 def _indexed(src: Source, split: str, rows: _Checked, names: list[str], indices: dict[str, int]) -> Split:
-    if rows.task == REGRESSION:
+    if rows.task in (REGRESSION, EMBEDDING):
         return Split(rows.texts, rows.names, rows.pairs)
     labels: list[Any] = []
     for line, said in zip(rows.lines, rows.names, strict=True):

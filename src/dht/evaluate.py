@@ -10,10 +10,12 @@ import torch
 
 from .config import DTYPES
 from .data import load_data
+from .embed import with_embeddings
 from .errors import ConfigError, DataError
-from .load import by_length, check_budget, load_run, tokenise
+from .load import by_length, check_budget, load_run, teacher_of, tokenise
 from .measure import report_of, run_policy, time_policy
 from .rivals import rival
+from .task import Embedding
 
 SPLITS = ("train", "validation", "test")
 
@@ -68,6 +70,8 @@ def evaluate(
     )  # fmt: skip
     for note in loaded.notes:
         say(note)
+    if isinstance(model.task, Embedding):
+        loaded = with_embeddings(loaded, teacher_of(folder, model), tokenizer, max_length)
 
     def batches(name: str) -> list[dict[str, torch.Tensor]]:
         return by_length(tokenizer, tokenise(tokenizer, getattr(loaded, name), max_length), batch_size)[0]

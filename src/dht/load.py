@@ -6,11 +6,11 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as hub_logging
 
@@ -138,7 +138,8 @@ def collate(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]) 
             types = row.get("token_type_ids", [])  # single texts among pairs are of type 0
             batch["token_type_ids"][i, : len(types)] = torch.tensor(types, dtype=torch.long)
     if "labels" in rows[0]:
-        batch["labels"] = torch.tensor([row["labels"] for row in rows])
+        labels = [row["labels"] for row in rows]
+        batch["labels"] = torch.stack(labels) if isinstance(labels[0], Tensor) else torch.tensor(labels)
     return batch
 
 
@@ -201,6 +202,24 @@ def data_of(folder: str | Path) -> str:
         return str(json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))["data"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: no run.json that names the data; give --data") from error
+
+
+def teacher_of(folder: str | Path, trained: DHTForSequenceClassification) -> DHTForSequenceClassification:
+    """What an embedding run learned from: the encoder that `dht train` started with; without a `run.json`, itself.
+
+    Raises:
+        DHTError: that encoder cannot be loaded any more.
+    """
+    path = Path(folder) / "run.json"
+    if not path.is_file():
+        return trained
+    try:
+        name = str(json.loads(path.read_text(encoding="utf-8"))["model"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: does not name the model that was learned from ({error})") from error
+    teacher = convert(load_source(model_folder(name), 1), 1, head="embedding")
+    cast(nn.Module, teacher).to(trained.device).eval()
+    return teacher
 
 
 def check_budget(budget: float) -> float:

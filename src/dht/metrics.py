@@ -7,6 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+COMPARED = 2000
+"""Rows that are compared with one another: their number of pairs grows with the square."""
+
 
 def macro_f1(labels: Tensor, predictions: Tensor) -> float:
     """Unweighted mean over the classes that occur of their F1, in [0, 1].
@@ -53,6 +56,29 @@ def number_scores(labels: Tensor, predictions: Tensor) -> dict[str, float]:
         "pearson": _correlation(true, said),
         "spearman": _correlation(_ranks(true), _ranks(said)),
     }
+
+
+def vector_scores(labels: Tensor, answers: Tensor) -> dict[str, float]:
+    """Mean cosine to the truth, and how the rows rank each other: what a search among them would notice.
+
+    `neighbour_agreement`: the share of rows whose nearest other row is that of the true vectors. `ranking`: the mean
+    over rows of Spearman's correlation between the cosines to all others, true and given. Both among the first 2,000
+    rows, and 1 with fewer than three.
+
+    Args:
+        labels, answers: float [n, D].
+    """
+    true, said = (torch.nn.functional.normalize(part.double(), dim=-1) for part in (labels, answers))
+    scores = {"cosine": float((true * said).sum(-1).mean()), "neighbour_agreement": 1.0, "ranking": 1.0}
+    true, said = true[:COMPARED], said[:COMPARED]
+    rows = len(true)
+    if rows < 3:
+        return scores
+    others = ~torch.eye(rows, dtype=torch.bool, device=true.device)
+    near, found = ((part @ part.T)[others].view(rows, rows - 1) for part in (true, said))
+    scores["neighbour_agreement"] = float((near.argmax(-1) == found.argmax(-1)).double().mean())
+    scores["ranking"] = _mean(_correlation(_ranks(a), _ranks(b)) for a, b in zip(near, found, strict=True))
+    return scores
 
 
 def _f1(true: Tensor, said: Tensor) -> float:

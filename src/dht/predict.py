@@ -25,7 +25,8 @@ def predict(
 ) -> Iterator[dict[str, Any]]:
     """One dict a text, in order: `label`, `score` (its probability), `layers`, `heads`, `flops_fraction`.
 
-    With several labels a row, `label` and `score` are lists; of a regression, `label` is the number and `score` None.
+    With several labels a row, `label` and `score` are lists; of a regression, `label` is the number and `score` None;
+    an embedding has neither, but `embedding`.
 
     Args:
         texts: single ones or pairs, read lazily, a batch at a time.
@@ -51,7 +52,7 @@ def predict(
             if details:
                 row["units"] = [layer.nonzero()[:, 0].tolist() for layer in trace.units[i, : int(ran[i])]]
                 told = [task.told(logits, names) for logits, seen in zip(table[i], visited[i], strict=True) if seen]
-                row["exits"] = [{"prediction": exit_["label"], "score": exit_["score"]} for exit_ in told]
+                row["exits"] = [{"prediction": exit_.get("label"), "score": exit_.get("score")} for exit_ in told]
             yield row
 
 

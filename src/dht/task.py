@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import DHTError
-from .metrics import macro_f1, number_scores, set_scores
+from .metrics import macro_f1, number_scores, set_scores, vector_scores
 
 if TYPE_CHECKING:
     from .hf.configuration import DHTConfig
@@ -25,6 +25,8 @@ SEEN = 6
 """Numbers that the policy reads of an exit: `Task.context`."""
 NEAR = 0.25
 """Standard deviations within which two predicted numbers agree."""
+ALIKE = 0.95
+"""Cosine above which two embeddings agree."""
 
 
 class Task:
@@ -92,7 +94,7 @@ class Task:
         raise NotImplementedError
 
     def told(self, logits: Tensor, names: Sequence[str]) -> dict[str, Any]:
-        """One row's answer as `dht predict` gives it: `label` and `score`, of logits [C]."""
+        """One row's answer as `dht predict` gives it: `label` and `score` (or `embedding`), of logits [C]."""
         raise NotImplementedError
 
 
@@ -288,12 +290,67 @@ class Regression(Task):
         return {"label": round(float(logits[0]), 6), "score": None}
 
 
+@dataclass(frozen=True)
+class Embedding(Task):
+    """A vector a row. The truth is the full model's vector, so that every text has one; what counts is the direction.
+
+    An exit says nothing of how sure it is; what stands in for confidence is its cosine to the exit before. At the first
+    exit it is 0.5.
+    """
+
+    name: ClassVar[str] = "embedding"
+    metric: ClassVar[str] = "cosine"
+
+    @property
+    def least_sure(self) -> float:
+        return 0.0
+
+    def check(self, labels: Tensor, logits: Tensor) -> None:
+        if labels.shape != logits.shape or not labels.is_floating_point():
+            raise ValueError(_mismatch(self, labels, "floats, the full model's embeddings,", logits.shape))
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return 1 - F.cosine_similarity(logits.float(), labels.float(), dim=-1)
+
+    def quality(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cosine_similarity(logits.double(), labels.double(), dim=-1).clamp(0, 1)
+
+    def context(self, logits: Tensor, previous: Tensor | None) -> Tensor:
+        length = logits.float().square().mean(-1).sqrt()
+        if previous is None:
+            sure, same, before = torch.full_like(length, 0.5), torch.zeros_like(length), torch.zeros_like(length)
+        else:
+            sure = F.cosine_similarity(logits.float(), previous.float(), dim=-1).clamp(0, 1)
+            same, before = (sure > ALIKE).to(sure.dtype), previous.float().square().mean(-1).sqrt()
+        return torch.stack([sure, sure.square(), 1 - sure, length, same, before], -1)
+
+    def typical(self, sure: Tensor) -> Tensor:
+        return torch.stack([sure, sure.square(), 1 - sure, torch.full_like(sure, 0.5)], -1)
+
+    def confidence(self, logits: Tensor) -> Tensor:
+        raise DHTError("confidence: an embedding has none; allowed: patience, which asks whether exits agree")
+
+    def agree(self, one: Tensor, other: Tensor) -> Tensor:
+        return F.cosine_similarity(one.float(), other.float(), dim=-1) > ALIKE
+
+    def answers(self, logits: Tensor) -> Tensor:
+        return logits.float()
+
+    def metrics(self, labels: Tensor, answers: Tensor) -> dict[str, float | None]:
+        return {"accuracy": None, "macro_f1": None, **vector_scores(labels, answers)}
+
+    def told(self, logits: Tensor, names: Sequence[str]) -> dict[str, Any]:
+        return {"embedding": [round(x, 6) for x in logits.float().tolist()]}
+
+
 SINGLE_LABEL = SingleLabel()
 
 
 def task_of(config: DHTConfig) -> Task:
     """The task that a configuration names; as in `transformers`, a single output is a regression."""
     outputs = len(config.label_names)
+    if config.head == "embedding":
+        return Embedding()
     problem = config.problem_type or (Regression.name if outputs == 1 else SingleLabel.name)
     if problem == MultiLabel.name:
         return MultiLabel(config.reward)

@@ -30,6 +30,7 @@ from ._files import explained, write_json
 from .calibrate import calibrate
 from .config import TrainSettings
 from .data import TextData, balanced_weights, load_data
+from .embed import with_embeddings
 from .errors import CheckpointError, DHTError
 from .hf.convert import FAMILIES, export
 from .hf.modeling import DHTForSequenceClassification
@@ -37,7 +38,7 @@ from .load import build, by_length, collate, device_of, tokenise
 from .measure import autocast, report_of, run_policy, split_labels, time_policy
 from .policy.baselines import DensePolicy
 from .policy.budget import Schedule
-from .task import Regression, SingleLabel
+from .task import Embedding, Regression, SingleLabel
 from .training import DHTTrainer, Ledger, finish
 
 CALIBRATION_BATCHES = 16
@@ -149,6 +150,9 @@ def fit(
         options["class_weights"] = balanced_weights(data.train.labels, len(data.label_names))
     model, tokenizer = build(settings, data.label_names, options)
     cast(nn.Module, model).to(device)
+    if data.task == Embedding.name:
+        say("embedding all texts with the full model: what it says is what is learned")
+        data = with_embeddings(data, model, tokenizer, settings.max_length)
     rows = {name: tokenise(tokenizer, getattr(data, name), settings.max_length) for name in ("train", "validation")}
     write_json(settings.out / "run.json", settings.as_json())
     if start:
@@ -175,6 +179,8 @@ def task_options(data: TextData) -> dict[str, Any]:
     """The fields of `DHTConfig` that the labels decide."""
     if data.task == SingleLabel.name:
         return {}
+    if data.task == Embedding.name:
+        return {"head": "embedding"}
     options: dict[str, Any] = {"problem_type": data.task}
     if data.task == Regression.name:
         assert data.train is not None
@@ -357,7 +363,7 @@ def dense_step_seconds(
     """
     contenders: dict[str, torch.nn.Module] = {"dense": copy.deepcopy(model)}
     contenders["dense"].active_policy = DensePolicy(model.config.num_attention_heads)
-    if model.config.source in FAMILIES:
+    if model.config.source in FAMILIES and model.config.head == "classifier":  # no loss without labels there
         contenders["transformers"] = export(model)
     taken = dict.fromkeys(contenders, 0.0)
     for contender in contenders.values():

@@ -57,6 +57,7 @@ class DHTConfig(PreTrainedConfig):
         class_weights: what a row of each class counts in the loss; None = 1.
         problem_type: "single_label_classification" (None means it too), "multi_label_classification" or "regression"
             (None with one output); the task (`dht.task`).
+        head: what the exits give: "classifier" (logits of classes, or a number) or "embedding" (a vector, `dht.embed`).
         label_mean, label_std: of a regression's training labels; its loss and reward are in units of them.
         budget: the fraction of dense FLOPs that the model was trained for.
         policy_seed: seed of the policy's draws.
@@ -108,6 +109,7 @@ class DHTConfig(PreTrainedConfig):
     exploration: float = 0.02
     head_sets: int = 1
     reward: str = "correct"
+    head: str = "classifier"
     label_mean: float | int = 0.0
     label_std: float | int = 1.0
     class_weights: list[float] | None = None
@@ -173,6 +175,7 @@ class DHTConfig(PreTrainedConfig):
             "search": ("tree", "integrated"),
             "ffn": ("coupled", "dense"),
             "reward": ("correct", "probability"),
+            "head": ("classifier", "embedding"),
         }.items():
             got = getattr(self, name)
             need(got in allowed, f"{name}: got {got!r}, allowed: {', '.join(map(str, allowed))}")

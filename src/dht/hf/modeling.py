@@ -16,7 +16,7 @@ from transformers.utils.generic import ModelOutput
 from transformers.utils.hub import cached_file
 
 from ..model.block import Block
-from ..model.encoder import Encoder, ExitHead
+from ..model.encoder import Encoder, ExitHead, Map
 from ..model.execute import execute
 from ..plan import Mode, Trace
 from ..policy.base import Policy
@@ -67,7 +67,9 @@ class DHTForSequenceClassification(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Block | ExitHead):
+        if isinstance(module, Map) and not getattr(module.weight, "_is_hf_initialized", False):
+            module.reset_parameters()
+        elif isinstance(module, Block | ExitHead):
             for name, parameter in module.named_parameters(recurse=False):
                 if not getattr(parameter, "_is_hf_initialized", False):
                     zero = name.endswith(("bias", "queries"))

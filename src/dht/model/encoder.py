@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
@@ -173,6 +173,29 @@ class ExitHead(nn.Module):
         return logits
 
 
+class Map(nn.Linear):
+    """A linear map that starts as the identity."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The map becomes the identity."""
+        nn.init.eye_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class EmbeddingHead(ExitHead):
+    """The exit of an embedding model: the mean over a row's tokens, mapped.
+
+    Embeddings of different depths can only be compared in one space, that of the last exit.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 1, 1, pooling="mean")
+        self.dense = Map(width, width)
+        self.activation = nn.Identity()
+        self.classifier = nn.Identity()  # type: ignore[assignment]
+
+
 class Encoder(nn.Module):
     """Embeddings, N blocks and N exit heads; what runs for which row is up to `execute` and `reference`.
 
@@ -222,21 +245,12 @@ class Encoder(nn.Module):
         self.norms_tokens = modern
         buckets = config.relative_attention_num_buckets
         self.position_bias = RelativePositionBias(buckets, heads) if buckets else None
-        classes = len(config.label_names)
-        head = partial(
-            ExitHead, width, heads, classes, dropout=config.hidden_dropout_prob,
-            mean=config.label_mean, std=config.label_std,
-        )  # fmt: skip
-        last = head(
-            pooling=config.last_pooling or config.pooling,
-            activation=config.last_activation,
-            bias=config.last_bias,
-            norm=norm() if config.last_norm else None,
-        )
-        self.exits: Stack[ExitHead] = Stack([*(head(pooling=config.pooling) for _ in range(layers - 1)), last])
+        self.exits: Stack[ExitHead] = Stack(_exits(config, norm))
+        embeds = config.head == "embedding"
         self.cost = CostModel(
-            width, heads, config.intermediate_size, layers, classes, config.ffn == "coupled", last.queries is not None,
-            config.gated_ffn, config.embedding_size or width,
+            width, heads, config.intermediate_size, layers, 0 if embeds else len(config.label_names),
+            config.ffn == "coupled", self.exits[-1].queries is not None, config.gated_ffn,
+            config.embedding_size or width,
         )  # fmt: skip
 
     def pool(self, layer: int, rows: Packed) -> Tensor:
@@ -255,3 +269,21 @@ class Encoder(nn.Module):
     def exit_cost(self, layer: int, rows: Packed) -> Tensor:
         """FLOPs per row of that exit, float64 [R]."""
         return self.cost.exit(rows.lengths, self.exits[layer - 1].queries is not None)
+
+
+def _exits(config: DHTConfig, norm: Callable[[], nn.LayerNorm]) -> list[ExitHead]:
+    """One exit a layer; the last may be another kind of classifier than the others."""
+    width, layers = config.hidden_size, config.num_hidden_layers
+    if config.head == "embedding":
+        return [EmbeddingHead(width) for _ in range(layers)]
+    head = partial(
+        ExitHead, width, config.num_attention_heads, len(config.label_names), dropout=config.hidden_dropout_prob,
+        mean=config.label_mean, std=config.label_std,
+    )  # fmt: skip
+    last = head(
+        pooling=config.last_pooling or config.pooling,
+        activation=config.last_activation,
+        bias=config.last_bias,
+        norm=norm() if config.last_norm else None,
+    )
+    return [*(head(pooling=config.pooling) for _ in range(layers - 1)), last]

@@ -85,7 +85,7 @@ def summary_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -
     for row in rows:
         table.add_row(
             Text(str(row.get("name") or row.get("policy") or MISSING)),
-            percent(row.get(metric)) if metric != "r2" else decimal(row.get(metric), 3),
+            percent(row.get(metric)) if metric not in ("r2", "cosine") else decimal(row.get(metric), 3),
             percent(row.get("flops_fraction")),
             _seconds_of_dense(row, ""),
             percent(row.get("train_flops_fraction")),
@@ -162,6 +162,10 @@ def _settings_line(report: Mapping[str, Any]) -> str:
     parts = [f"samples {report.get('num_examples', MISSING)}"]
     if report.get("metric") == "r2":
         parts += [f"{name} {decimal(report.get(name), 3)}" for name in ("mae", "rmse", "pearson", "spearman")]
+    elif report.get("metric") == "cosine":
+        parts += [
+            f"{name.replace('_', ' ')} {decimal(report.get(name), 3)}" for name in ("ranking", "neighbour_agreement")
+        ]
     else:
         parts.append(f"macro F1 {percent(report.get('macro_f1'))}")
     if report.get("metric") == "micro_f1":
