@@ -27,7 +27,7 @@ from dht.errors import ConfigError, DHTError
 from dht.load import build
 from dht.model.block import Block
 from dht.model.execute import execute
-from dht.plan import Trace
+from dht.plan import Account, Trace
 from dht.policy.baselines import DensePolicy, FixedPlan
 from dht.report.growth import growth_chart
 from dht.report.speed import print_speed
@@ -197,15 +197,15 @@ def test_parity_holds_for_every_family(gradients):
 
 
 def test_no_number_while_the_executor_disagrees(settings, monkeypatch, capsys):  # noqa: F811
-    right = Block._sliced
+    right = Block._widen
 
-    def wrong(self, units):
-        made = right(self, units)
-        return made if units is None else (*made[:2], made[2] * 1.01, *made[3:])
+    def wrong(self, source, units, slices):
+        made = right(self, source, units, slices)
+        return made if units is None else made * 1.01
 
     call = ["bench", "--data", settings.data, "--model", settings.model, "--tokens", 5, "--batch", 2]
     call += ["--what", "inference", "--fractions", ".5", "--dtype", "float32", "--plans", "heads"]
-    monkeypatch.setattr(Block, "_sliced", wrong)
+    monkeypatch.setattr(Block, "_widen", wrong)
     monkeypatch.setattr("sys.argv", ["dht", *map(str, call)])
     from dht.cli import main
 
@@ -235,8 +235,10 @@ def test_contenders_take_turns_and_the_warm_up_does_not_count():
     def contender(name):
         def run(index, turn):
             order.append((name, index, turn))
-            flops = torch.ones(2, dtype=torch.float64)
-            return Call(Trace(torch.ones(2, 1, 1, dtype=torch.bool), flops, 2 * flops), policy_seconds=0.5)
+            account = Account(None, torch.ones(2))
+            account.flops = torch.ones(2, dtype=torch.float64)
+            account.dense_flops = 2 * account.flops
+            return Call(Trace(account), policy_seconds=0.5)
 
         return Contender(name, run)
 

@@ -37,7 +37,7 @@ def test_help_is_light_and_names_every_command():
     code = "import sys, dht.cli; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     shown = subprocess.run([*DHT, "--help"], capture_output=True, text=True, check=True).stdout
-    for command in ("demo", "train", "evaluate", "predict", "compare", "bench"):
+    for command in ("demo", "train", "fit", "evaluate", "predict", "compare", "bench"):
         assert command in shown
         described = invoke(command, "--help")
         assert described.exit_code == 0

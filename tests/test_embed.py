@@ -167,7 +167,7 @@ def test_what_the_policy_reads_of_an_embedding():
     task = Embedding()
     now, before = torch.tensor([[1.0, 0.0], [3.0, 4.0]]), torch.tensor([[2.0, 0.0], [4.0, -3.0]])
     seen = task.context(now, before)
-    torch.testing.assert_close(seen[:, 0], torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(seen[:, 0], torch.tensor([1.0, 0.0], dtype=torch.float64))
     assert seen[:, 4].tolist() == [1.0, 0.0]
     assert task.context(now, None)[:, 0].tolist() == [0.5, 0.5]
     assert task.quality(now, before).tolist() == pytest.approx([1.0, 0.0])

@@ -259,7 +259,7 @@ def test_quality_of_every_task_by_hand():
 
 def test_what_the_policy_reads_of_an_exit():
     several_labels = MultiLabel()
-    now, before = torch.tensor([[2.0, -2.0], [4.0, 0.0]]), torch.tensor([[1.0, -3.0], [-4.0, 0.5]])
+    now, before = torch.tensor([[[2.0, -2.0], [4.0, 0.0]], [[1.0, -3.0], [-4.0, 0.5]]], dtype=torch.float64)
     on = now.sigmoid()
     seen = several_labels.context(now, before)
     torch.testing.assert_close(seen[0, 0], on[0, 0])
@@ -269,10 +269,10 @@ def test_what_the_policy_reads_of_an_exit():
     assert several_labels.context(now, None)[:, 4:].abs().max() == 0
 
     numbers = Regression(10.0, 2.0)
-    seen = numbers.context(torch.tensor([[11.0], [14.0]]), torch.tensor([[11.2], [11.0]]))
-    torch.testing.assert_close(seen[:, 0], torch.tensor([0.99, 0.0]))
+    seen = numbers.context(*torch.tensor([[[11.0], [14.0]], [[11.2], [11.0]]], dtype=torch.float64))
+    torch.testing.assert_close(seen[:, 0], torch.tensor([0.99, 0.0], dtype=torch.float64))
     assert seen[:, 4].tolist() == [1.0, 0.0]
-    torch.testing.assert_close(seen[:, 5], torch.tensor([0.1, 1.0]))
+    torch.testing.assert_close(seen[:, 5], torch.tensor([0.1, 1.0], dtype=torch.float64))
     assert numbers.context(torch.tensor([[11.0]]), None)[0, 0] == 0.5
     for task in (SingleLabel(4), several_labels):
         sure = torch.linspace(task.least_sure + 0.01, 0.99, 5)
@@ -280,7 +280,7 @@ def test_what_the_policy_reads_of_an_exit():
         assert made.shape == (5, 4)
         torch.testing.assert_close(made[:, 0], sure)
         assert bool((made[1:, 2] < made[:-1, 2]).all()), "surer rows doubt less"
-    logits = torch.tensor([[0.3, 0.1, 0.1, 0.1]]).log()
+    logits = torch.tensor([[0.3, 0.1, 0.1, 0.1]], dtype=torch.float64).log()
     probs = logits.softmax(-1)
     torch.testing.assert_close(SingleLabel(4).context(logits, None)[:, :4], SingleLabel(4).typical(probs[:, 0]))
 
@@ -341,8 +341,8 @@ def random_full(rows):
     [
         ({"problem_type": "regression", "num_labels": 2}, "problem_type: 'regression' has one output, got 2"),
         ({"num_labels": 1, "reward": "probability"}, "reward: got 'probability', a regression takes only 'correct'"),
-        ({"num_labels": 1, "label_std": 0.0}, "label_std: got 0.0, must be a finite number above 0"),
-        ({"num_labels": 1, "label_mean": float("nan")}, "label_mean: got nan, must be a finite number"),
+        ({"num_labels": 1, "label_std": 0.0}, "label_std: got 0.0, must be above 0"),
+        ({"num_labels": 1, "label_mean": float("nan")}, "label_mean: got nan, allowed: a number"),
         ({"label_std": 2.0}, "label_mean, label_std: got 0, 2, only for a regression"),
         (
             {"problem_type": "multi_label_classification", "class_weights": [1.0, 1.0]},

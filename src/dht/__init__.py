@@ -10,6 +10,7 @@ _WHERE = {
     "DHTConfig": "dht.hf.configuration",
     "DHTForSequenceClassification": "dht.hf.modeling",
     "convert": "dht.hf.convert",
+    "fit": "dht.fitting",
     "Plan": "dht.plan",
     "Trace": "dht.plan",
     "load_data": "dht.data",

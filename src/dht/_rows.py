@@ -64,12 +64,21 @@ def clean_text(text: object, where: str) -> str:
     >>> clean_text("caf\ud83d", "a.jsonl line 1") == "caf\ufffd"
     True
     """
-    if text is not None and not isinstance(text, str):
+    if text is None or (isinstance(text, str) and not text.replace("\0", " ").strip()):
+        raise DataError(f"{where}: no text (got {shown(text)}); write a text there or remove the row")
+    return without_surrogates(text, where)
+
+
+def without_surrogates(text: object, where: str) -> str:
+    """The text with U+FFFD for lone surrogates; it may be empty.
+
+    Raises:
+        DataError: it is not a string.
+    """
+    if not isinstance(text, str):
         raise DataError(
             f"{where}: the text is {shown(text)}, a {type(text).__name__}; allowed: a string; fix or remove the row"
         )
-    if text is None or not text.replace("\0", " ").strip():
-        raise DataError(f"{where}: no text (got {shown(text)}); write a text there or remove the row")
     return _LONE_SURROGATE.sub("\ufffd", text)
 
 

@@ -109,7 +109,7 @@ def _surveyed(
     layers = {id(block): i for i, block in enumerate(encoder.blocks)}
 
     def listen(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        rows, units, bias = args[:3]
+        rows, (group,), *rest = args  # a survey is one group, of all units
         layer = layers[id(block)]
 
         def tap(part: str, product: Tensor) -> None:
@@ -121,7 +121,7 @@ def _surveyed(
             else:
                 neurons[layer] += per_row.abs().sum(0).view(product.shape[1:]).double().cpu()
 
-        return rows, units, bias, tap
+        return rows, (group._replace(tap=tap),), *rest
 
     hooks.extend(block.register_forward_pre_hook(listen) for block in encoder.blocks)
     words = encoder.embeddings.words

@@ -136,7 +136,7 @@ def train(
         label_column=label_column, class_weights=class_weights, task=task, dense=dense,
     )  # fmt: skip
     settings.check()
-    from .train import complete_checkpoints
+    from .checkpoints import complete_checkpoints
     from .train import train as run
 
     try:
@@ -149,6 +149,47 @@ def train(
             _say("interrupted before the first checkpoint; --save-every N makes them more often")
         raise typer.Exit(130) from None
     print_report(report, Console())
+
+
+@app.command()
+def fit(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Fine-tuned classifier: a folder, a Hub id, or a finished run.")
+    ],
+    data: Annotated[
+        str, typer.Option(help="As for train; with --unlabelled also a file with a text or JSON object a line.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder that the run is written to.")] = Path("runs/fit"),
+    split: Annotated[str, typer.Option(help="Split to fit on; better not the one that MODEL was trained on.")] = (
+        "validation"
+    ),
+    rows: Annotated[int, typer.Option(help="Texts to fit on, drawn by the seed; 0 = all.")] = 500,
+    unlabelled: Annotated[
+        bool, typer.Option("--unlabelled", help="Leave the labels of the fit rows unread; nothing is fitted to them.")
+    ] = False,
+    budget: Annotated[float, typer.Option(help="FLOPs to serve at until told otherwise, in (0, 1].")] = 0.5,
+    max_length: MaxLength = 128,
+    batch_size: BatchSize = 32,
+    seed: Annotated[int, typer.Option(help="Seed of the rows and the folds.")] = 0,
+    device: Device = "auto",
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Give a fine-tuned classifier a budget dial, its weights untouched: accuracy against budget, reported."""
+    from rich.console import Console
+
+    from .dial import FitSettings, fit_run
+    from .report.dial import dial_table
+
+    settings = FitSettings(
+        model=model, data=data, out=out, split=split, rows=rows, unlabelled=unlabelled, budget=budget,
+        max_length=max_length, batch_size=batch_size, seed=seed, device=device, text_column=text_column,
+        label_column=label_column,
+    )  # fmt: skip
+    report = fit_run(settings, overwrite=overwrite, say=_say)
+    Console().print(dial_table(report))
+    _say(f"no budget goes below {report['lowest_fraction']:.2f} (one layer and its exit); serves {budget:g}: {out}")
 
 
 @app.command()
@@ -301,6 +342,54 @@ def predict(
     ):
         sys.stdout.write(to_line(row) + "\n")
         sys.stdout.flush()
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished dht train.")],
+    out: Annotated[Path, typer.Option(help="File (onnx) or folder (transformers, onnx-chain) to write.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="transformers: the dense model in its own family. onnx: a fixed plan in one graph. onnx-chain: the "
+            "policy with a graph a layer, for dht.onnx.ChainRunner."
+        ),
+    ] = "transformers",
+    plan: Annotated[
+        str | None,
+        typer.Option(help="Of onnx: LxK (layers, head units), or a budget. Default: the budget trained for."),
+    ] = None,
+    max_length: MaxLength = 128,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Write a trained run for another runtime, after a check that it answers alike."""
+    import json as encoder
+
+    from .export.run import export as run
+    from .export.run import told
+
+    report = run(folder, format, out, plan=plan, max_length=max_length, overwrite=overwrite)
+    _say(told(report))
+    typer.echo(encoder.dumps(report))
+
+
+@app.command()
+def doctor(
+    dtype: Annotated[str, typer.Option(help="Precision that you mean to use: float32 or bfloat16.")] = "float32",
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Print versions, devices, threads and the cache, and warn of what will make dht slow."""
+    from .doctor import examine, print_findings
+
+    found = examine(dtype)
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps(found))
+    else:
+        from rich.console import Console
+
+        print_findings(found, Console())
 
 
 @app.command()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, shown
 
 TASKS = ("auto", "single", "multi", "regression", "embedding")
 DTYPES = ("float32", "bfloat16")
@@ -64,26 +66,34 @@ class TrainSettings:
         """Raises `ConfigError` with every problem."""
         problems = []
 
-        def need(ok: bool, option: str, allowed: str) -> None:
-            if not ok:
-                problems.append(f"--{option.replace('_', '-')}: got {getattr(self, option)!r}, allowed: {allowed}")
+        def need(ok: Callable[[Any], bool], option: str, allowed: str) -> None:
+            got = getattr(self, option)
+            try:
+                fits = ok(got) and not isinstance(got, bool)
+            except (TypeError, OverflowError):
+                fits = False
+            if not fits:
+                problems.append(f"--{option.replace('_', '-')}: got {shown(got)}, allowed: {allowed}")
 
-        need(0.0 < self.budget <= 1.0, "budget", "a number in (0, 1]")
-        need(self.search in ("tree", "integrated"), "search", "tree, integrated")
-        need(self.ffn in ("coupled", "dense"), "ffn", "coupled, dense")
-        need(self.epochs > 0, "epochs", "a number above 0")
-        need(self.batch_size >= 1, "batch_size", "1 or more")
-        need(self.accumulate >= 1, "accumulate", "1 or more")
-        need(self.lr > 0, "lr", "a number above 0")
-        need(self.max_length >= 3, "max_length", "3 or more")
-        need(self.class_weights in ("none", "balanced"), "class_weights", "none, balanced")
-        need(self.device in DEVICES, "device", ", ".join(DEVICES))
-        need(self.dtype in DTYPES, "dtype", ", ".join(DTYPES))
-        need(0.0 < self.warm_start <= 1.0, "warm_start", "a number in (0, 1]")
-        need(0.0 <= self.settle <= 1.0, "settle", "a number in [0, 1]")
-        need(self.task in TASKS, "task", ", ".join(TASKS))
-        need(self.save_every >= 0, "save_every", "0 or more")
-        need(0 <= self.seed < 2**32, "seed", "0 to 2^32 - 1")
+        def whole(least: int, most: int = 2**31) -> Callable[[Any], bool]:
+            return lambda value: isinstance(value, int) and least <= value <= most
+
+        need(lambda b: 0.0 < b <= 1.0, "budget", "a number in (0, 1]")
+        need(lambda name: name in ("tree", "integrated"), "search", "tree, integrated")
+        need(lambda name: name in ("coupled", "dense"), "ffn", "coupled, dense")
+        need(lambda n: 0 < n < math.inf, "epochs", "a number above 0")
+        need(whole(1), "batch_size", "1 or more")
+        need(whole(1), "accumulate", "1 or more")
+        need(lambda rate: 0 < rate < math.inf, "lr", "a number above 0")
+        need(whole(3), "max_length", "3 or more")
+        need(lambda name: name in ("none", "balanced"), "class_weights", "none, balanced")
+        need(lambda name: name in DEVICES, "device", ", ".join(DEVICES))
+        need(lambda name: name in DTYPES, "dtype", ", ".join(DTYPES))
+        need(lambda b: 0.0 < b <= 1.0, "warm_start", "a number in (0, 1]")
+        need(lambda share: 0.0 <= share <= 1.0, "settle", "a number in [0, 1]")
+        need(lambda name: name in TASKS, "task", ", ".join(TASKS))
+        need(whole(0), "save_every", "0 or more")
+        need(whole(0, 2**32 - 1), "seed", "0 to 2^32 - 1")
         if problems:
             raise ConfigError(problems)
 

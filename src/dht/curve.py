@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .hf.modeling import DHTForSequenceClassification
-from .plan import Decision
+from .plan import Decision, Trace
 from .policy.base import Policy, View
 from .policy.budget import HIGHEST, LOWEST
 from .policy.learned import LearnedPolicy
@@ -48,19 +48,24 @@ def measure_curve(model: DHTForSequenceClassification, batches: Sequence[dict[st
     model.eval()
     with torch.no_grad():
         traces = [model(**{k: v for k, v in batch.items() if k != "labels"}, policy=onward).trace for batch in batches]
-        dense = torch.cat([trace.dense_flops for trace in traces])
-
-        def fraction_at(price: float) -> float:
-            spent = torch.cat([policy.would_spend(trace, price) for trace in traces])
-            return float((spent * dense).sum() / dense.sum())
-
-        wanted = sorted({*FRACTIONS, budget}, reverse=True)
-        prices = [_price_of(fraction, fraction_at) for fraction in wanted]
-        fractions = [fraction_at(price) for price in prices]
+        keep_curve(policy, traces, budget)
     model.train(was_training)
+    return sum(float(trace.flops.sum()) for trace in traces)
+
+
+def keep_curve(policy: LearnedPolicy, traces: Sequence[Trace], budget: float) -> None:
+    """Keeps the curve of traces in which every row ran to the end at its narrowest, and sets the price of `budget`."""
+    dense = torch.cat([trace.dense_flops for trace in traces])
+
+    def fraction_at(price: float) -> float:
+        spent = torch.cat([policy.would_spend(trace, price) for trace in traces])
+        return float((spent * dense).sum() / dense.sum())
+
+    wanted = sorted({*FRACTIONS, budget}, reverse=True)
+    prices = [_price_of(fraction, fraction_at) for fraction in wanted]
+    fractions = [fraction_at(price) for price in prices]
     policy.fix_curve(torch.tensor(prices, dtype=torch.float64), torch.tensor(fractions, dtype=torch.float64))
     policy.set_budget(budget)
-    return sum(float(trace.flops.sum()) for trace in traces)
 
 
 def _price_of(fraction: float, fraction_at: Callable[[float], float]) -> float:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["AssetError", "CheckpointError", "ConfigError", "DHTError", "DataError", "listed", "shown"]
+__all__ = [
+    "AssetError",
+    "CheckpointError",
+    "ConfigError",
+    "DHTError",
+    "DataError",
+    "NonFiniteError",
+    "listed",
+    "shown",
+]
 
 
 class DHTError(ValueError):
@@ -35,6 +44,10 @@ class AssetError(DHTError):
 
 class CheckpointError(DHTError):
     """A saved run that is corrupt, half-written, or written in a newer format."""
+
+
+class NonFiniteError(DHTError):
+    """A NaN or an infinity where the bandits need a number; nothing was learned from it."""
 
 
 class ConfigError(DHTError):

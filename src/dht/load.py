@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hub_logging
 
 from . import assets
@@ -21,6 +20,7 @@ from .errors import CheckpointError, ConfigError, DHTError
 from .hf.configuration import FORMAT_VERSION, DHTConfig
 from .hf.convert import convert, load_source
 from .hf.modeling import DHTForSequenceClassification
+from .manifest import verify
 
 PRESETS: dict[str, dict[str, Any]] = {
     "preset:tiny": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512},
@@ -80,6 +80,28 @@ def build(
     return model, tokenizer
 
 
+def load_classifier(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A fine-tuned sequence classifier and its tokenizer: a plain one (folder or Hub id), or a finished run's.
+
+    Raises:
+        DHTError: it cannot be found or loaded, or has no classification head.
+    """
+    path = model_folder(name)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise DHTError(f"model: cannot load {name!r}: {str(error).splitlines()[0]}") from error
+    if config.model_type == DHTConfig.model_type:
+        return load_run(path, "cpu")
+    classes = config.architectures or []
+    if not any("SequenceClassification" in found for found in classes):
+        raise DHTError(
+            f"model: {name!r} ({', '.join(classes) or 'of no known class'}) has no sequence classification head to"
+            f" keep; fine-tune one first, or train a dynamic model from this encoder: dht train --model {name}"
+        )
+    return load_source(path, config.num_labels), _tokenizer(path)
+
+
 def model_folder(name: str) -> str:
     """Where `from_pretrained` finds the model: the asset's folder, or the name itself (folder or Hub id)."""
     if name in assets.MODELS:
@@ -92,8 +114,9 @@ def model_folder(name: str) -> str:
 def _tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise DHTError(f"model: cannot load a tokenizer from {path!r}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # the tokenizers library raises plain exceptions for broken files
+        reason = str(error).strip() or type(error).__name__
+        raise DHTError(f"model: cannot load a tokenizer from {path!r}: {reason.splitlines()[0]}") from error
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, split: Split, max_length: int) -> list[dict[str, Any]]:
@@ -169,21 +192,25 @@ def load_run(folder: str | Path, device: str = "auto") -> tuple[DHTForSequenceCl
         )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{config_file}: not readable as JSON ({error}); the checkpoint is corrupt") from error
     if not isinstance(config, dict) or config.get("model_type") != "dht":
         raise CheckpointError(f"{config_file}: not a dht model; give the --out folder of dht train")
-    if config.get("format_version", 0) > FORMAT_VERSION:
+    version = config.get("format_version", 0)
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{config_file}: format {config['format_version']}, this dht reads up to {FORMAT_VERSION};"
-            " install a newer dht"
+            f"{config_file}: format {version}, this dht reads up to {FORMAT_VERSION}; install a newer dht"
         )
+    verify(folder)
     try:
         model, report = DHTForSequenceClassification.from_pretrained(
             folder, output_loading_info=True, local_files_only=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot load model.safetensors: {error}; the checkpoint is corrupt") from error
+        model.policy.check_sound()
+    except Exception as error:  # without checksums the files may say anything, and any library may stumble over it
+        raise CheckpointError(
+            f"{folder}: cannot load model.safetensors: {error or type(error).__name__}; the checkpoint is corrupt"
+        ) from error
     lost = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if lost:
         raise CheckpointError(

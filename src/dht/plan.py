@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from .cost import CostModel
 
 Mode = Literal["exploit", "explore", "probe", "survey"]
 """exploit: the policy's best guess, the same for a row whatever its batch. explore: as in training, optimism and
@@ -30,6 +33,7 @@ class Decision:
         arm: int64 [R], the numeric arm taken (policy bookkeeping); None for policies that do not learn.
         context: float64 [R, F], what the decision saw; None for policies that do not learn.
         wants_stop: bool [R], True where the greedy rule would have stopped although the row runs on.
+        lasting: True if later batches will ask for the same `sets`: their weights are then worth keeping sliced.
     """
 
     sets: Tensor
@@ -37,6 +41,7 @@ class Decision:
     arm: Tensor | None = None
     context: Tensor | None = None
     wants_stop: Tensor | None = None
+    lasting: bool = False
 
 
 @dataclass
@@ -74,31 +79,126 @@ def _empty() -> Tensor:
 
 
 @dataclass
+class Ran:
+    """One layer as it was executed.
+
+    Attributes:
+        layer: 0..N-1.
+        rows: int64 [R], rows of the batch, group by group. lengths: int64 [R], their tokens.
+        groups: of each group its head set bool [H], how many units that is, and its number of rows. Neighbours of the
+            same size attend in one call, padded to the longest of their rows.
+        exits: None, or whether the exit after the layer, which ran too, scored every token.
+    """
+
+    layer: int
+    rows: Tensor
+    lengths: Tensor
+    groups: list[tuple[Tensor, int, int]]
+    exits: bool | None = None
+
+
+class Account:
+    """What was executed, noted while it runs and added up when somebody asks afterwards: serving seldom does.
+
+    Args:
+        cost: FLOPs of the parts.
+        lengths: int64 [B], tokens of each row.
+        deciding: FLOPs of the policy's decision before each layer, or None if it decides for nothing.
+    """
+
+    def __init__(self, cost: CostModel, lengths: Tensor, deciding: list[float] | None = None) -> None:
+        self.cost, self.lengths, self.deciding = cost, lengths, deciding
+        self.ran: list[Ran] = []
+        self.left: list[tuple[Tensor, Tensor, bool]] = []
+        """Rows and lengths of exits computed on leaving, outside of a layer, and whether they scored every token."""
+
+    @cached_property
+    def units(self) -> Tensor:
+        """Bool [B, N, H], head units executed."""
+        shape = (len(self.lengths), self.cost.layers, self.cost.heads)
+        units = torch.zeros(shape, dtype=torch.bool, device=self.lengths.device)
+        for ran in self.ran:
+            units[ran.rows, ran.layer] = torch.stack([mask for mask, *_ in ran.groups])[_group_of(ran)]
+        return units
+
+    @cached_property
+    def dense_flops(self) -> Tensor:
+        """float64 [B], FLOPs of the full model without exits on the same tokens."""
+        return self.cost.dense(self.lengths)
+
+    @cached_property
+    def layer_flops(self) -> Tensor:
+        """float64 [B, N], FLOPs of each layer and of the exit after it."""
+        flops = torch.zeros(len(self.lengths), self.cost.layers, dtype=torch.float64, device=self.lengths.device)
+        for ran in self.ran:
+            group = _group_of(ran)
+            size = torch.tensor([size for _, size, _ in ran.groups], device=flops.device)
+            band = torch.nn.functional.pad(size.diff() != 0, (1, 0)).cumsum(0)[group]
+            longest = torch.zeros_like(size).scatter_reduce(0, band, ran.lengths, "amax")[band]
+            spent = self.cost.layer(ran.lengths, size[group], longest)
+            if ran.exits is not None:
+                spent = spent + self.cost.exit(ran.lengths, ran.exits)
+            flops[ran.rows, ran.layer] = spent
+        return flops
+
+    @cached_property
+    def flops(self) -> Tensor:
+        """float64 [B], executed FLOPs: embedding projection, attention (padding included), FFN, exits, policy."""
+        flops = self.cost.embedding(self.lengths) + self.layer_flops.sum(-1)
+        for rows, lengths, attends in self.left:
+            flops[rows] += self.cost.exit(lengths, attends)
+        if self.deciding is not None:  # a row that ran a layer decided before it, and once more if there was another
+            spent = torch.tensor([0.0, *self.deciding], dtype=torch.float64, device=flops.device).cumsum(0)
+            flops += spent[(self.units.any(-1).sum(-1) + 1).clamp_max(self.cost.layers)]
+        return flops
+
+
+def _group_of(ran: Ran) -> Tensor:
+    """int64 [R], the group of each row."""
+    counts = torch.tensor([count for *_, count in ran.groups], device=ran.rows.device)
+    return torch.repeat_interleave(counts, output_size=len(ran.rows))
+
+
+@dataclass
 class Trace:
     """What was executed for each row of a batch; reports, rewards and pictures all read it.
 
     Attributes:
-        units: bool [B, N, H], head units executed.
-        flops: float64 [B], executed FLOPs: attention (padding included), FFN, exit heads, policy arithmetic.
-        dense_flops: float64 [B], FLOPs of the full model without exits on the same tokens.
+        account: what ran; `units`, `flops`, `dense_flops` and `layer_cost` are read off it.
         exits: every exit that was computed, in order of depth.
         logits: [B, C], each row's answer: the logits of the last exit that it reached.
         decisions: of policies that learn, one entry a layer: the rows (int64 [R]) and what was decided for them. The
-            tables `arm`, `context` and `wants_stop` are made of it when somebody asks: serving seldom does.
-        layer_cost: float64 [B, N], executed FLOPs of each layer (its exit included) as a fraction of `dense_flops`.
+            tables `arm`, `context` and `wants_stop` are made of it when somebody asks.
         gate_grads: per layer, (rows [R], set [k], d loss / d gate [R, k]) of each executed group; filled by backward.
         policy_seconds: wall time spent deciding.
     """
 
-    units: Tensor
-    flops: Tensor
-    dense_flops: Tensor
+    account: Account
     exits: list[Exit] = field(default_factory=list)
     logits: Tensor = field(default_factory=_empty)
     decisions: list[tuple[Tensor, Decision]] = field(default_factory=list)
-    layer_cost: Tensor = field(default_factory=_empty)
     gate_grads: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
     policy_seconds: float = 0.0
+
+    @property
+    def units(self) -> Tensor:
+        """Bool [B, N, H], head units executed."""
+        return self.account.units
+
+    @property
+    def flops(self) -> Tensor:
+        """float64 [B], executed FLOPs: attention (padding included), FFN, exit heads, policy arithmetic."""
+        return self.account.flops
+
+    @property
+    def dense_flops(self) -> Tensor:
+        """float64 [B], FLOPs of the full model without exits on the same tokens."""
+        return self.account.dense_flops
+
+    @property
+    def layer_cost(self) -> Tensor:
+        """float64 [B, N], executed FLOPs of each layer (its exit included) as a fraction of `dense_flops`."""
+        return self.account.layer_flops / self.dense_flops[:, None]
 
     @property
     def layers(self) -> Tensor:
@@ -121,7 +221,7 @@ class Trace:
         return self._table(lambda decision: decision.wants_stop, False)
 
     def _table(self, part: Callable[[Decision], Tensor | None], empty: float) -> Tensor:
-        batch, layers = self.units.shape[:2]
+        batch, layers = len(self.account.lengths), self.account.cost.layers
         table = torch.empty(0)
         for layer, (rows, decision) in enumerate(self.decisions):
             values = part(decision)
@@ -138,7 +238,7 @@ class Trace:
 
     def exit_table(self) -> tuple[Tensor, Tensor]:
         """Returns all exits as one table: logits [B, N, C] (zeros where not visited) and visited, bool [B, N]."""
-        rows, num_layers = self.units.shape[:2]
+        rows, num_layers = len(self.account.lengths), self.account.cost.layers
         first = self.exits[0].logits
         table = first.new_zeros(rows, num_layers, first.shape[-1])
         visited = torch.zeros(rows, num_layers, dtype=torch.bool, device=first.device)

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ._rows import without_surrogates
 from .data import Text
+from .errors import NonFiniteError
 from .hf.modeling import DHTForSequenceClassification
 from .load import collate, encode, lines_in_batches
 
@@ -29,17 +31,31 @@ def predict(
     an embedding has neither, but `embedding`.
 
     Args:
-        texts: single ones or pairs, read lazily, a batch at a time.
+        texts: single ones or pairs, read lazily, a batch at a time; lone surrogates, which no UTF-8 can hold, count
+            as U+FFFD.
         batch_size: rows that run together; it does not change any answer.
         max_length: tokens a text is cut to.
         details: also `units` (unit indices per layer run) and `exits` (label and score of each exit passed).
+
+    Raises:
+        DataError: a text is not a string.
+        NonFiniteError: the model's answer to a text is not a number.
     """
-    task, names = model.task, [model.config.label_names[i] for i in range(len(model.config.label_names))]
+    names, done = [model.config.label_names[i] for i in range(len(model.config.label_names))], 0
+    task = model.task
     model.eval()
     for held in lines_in_batches(texts, batch_size):
+        held = [_clean(text, f"text {done + i}") for i, text in enumerate(held, start=1)]
         batch = collate(tokenizer, encode_mixed(tokenizer, held, max_length))
         with torch.inference_mode():
             trace = model(**{key: value.to(model.device) for key, value in batch.items()}).trace
+        sound = trace.logits.isfinite().all(-1)
+        if not bool(sound.all()):
+            first = done + 1 + int((~sound).nonzero()[0])
+            raise NonFiniteError(
+                f"text {first}: the model's answer is not a number; its weights are broken, train anew"
+            )
+        done += len(held)
         ran, widths = trace.layers, trace.units.sum(-1)
         table, visited = trace.exit_table()
         for i in range(len(held)):
@@ -54,6 +70,13 @@ def predict(
                 told = [task.told(logits, names) for logits, seen in zip(table[i], visited[i], strict=True) if seen]
                 row["exits"] = [{"prediction": exit_.get("label"), "score": exit_.get("score")} for exit_ in told]
             yield row
+
+
+def _clean(text: Text, where: str) -> Text:
+    if isinstance(text, tuple):
+        first, second = (without_surrogates(part, where) for part in text)
+        return first, second
+    return without_surrogates(text, where)
 
 
 def encode_mixed(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int) -> list[dict[str, Any]]:

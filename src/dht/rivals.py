@@ -108,15 +108,18 @@ def match_exits(
     budget: float,
     calibration: Sequence[Batch],
     dtype: torch.dtype = torch.float32,
+    outcome: Outcome | None = None,
 ) -> MatchedExits:
     """The rule "confidence" or "patience" on fixed head sets, its threshold matched to `budget`.
 
     Args:
         sets: bool [N, H]; layers without a unit are never run.
         calibration: labelled validation batches.
+        outcome: of a run of those rows through all the layers of `sets`, if there is one already.
     """
     depth = int(sets.any(-1).sum())
-    outcome = run_policy(model, calibration, PatiencePolicy(sets, depth, model.task), dtype=dtype)  # never leaves
+    if outcome is None:
+        outcome = run_policy(model, calibration, PatiencePolicy(sets, depth, model.task), dtype=dtype)  # never leaves
     outcome = replace(outcome, exit_logits=outcome.exit_logits[:, :depth])
     tokens = round(float(torch.cat([batch["attention_mask"].sum(-1) for batch in calibration]).double().mean()))
     shares = model.encoder.cost.layer_shares(sets[:depth].sum(-1), tokens)

@@ -154,7 +154,7 @@ class DHTClassifier(ClassifierMixin, BaseEstimator):
         model, tokenizer = load_run(folder)
         path = Path(folder) / STATE_FILE
         names = [model.config.label_names[index] for index in range(len(model.config.label_names))]
-        state = {"params": {"budget": model.config.budget}, "classes": names, "dtype": "O"}
+        state: dict[str, Any] = {"params": {"budget": model.config.budget}, "classes": names, "dtype": "O"}
         try:
             state |= _read(path)
             if not path.is_file():  # a run of `dht train`, which says what it was told

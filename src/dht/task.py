@@ -36,10 +36,12 @@ class Task:
         name: `problem_type` in the configuration.
         metric: the report's field that says how good the model is, higher being better.
         least_sure: lowest confidence that an exit can have.
+        reads_rows: whether there is `context_of_row`, the context without tensors.
     """
 
     name: ClassVar[str]
     metric: ClassVar[str]
+    reads_rows: ClassVar[bool] = False
 
     @property
     def least_sure(self) -> float:
@@ -58,7 +60,7 @@ class Task:
         raise NotImplementedError
 
     def context(self, logits: Tensor, previous: Tensor | None) -> Tensor:
-        """What the policy reads of an exit, float32 [R, 6].
+        """What the policy reads of an exit, float64 [R, 6].
 
         In this order: confidence, its square, doubt in [0, 1], margin, agreement with the exit before (0 or 1), and a
         number on the exit before. Confidence estimates the quality.
@@ -67,6 +69,10 @@ class Task:
             logits: [R, C] of the exit just reached.
             previous: [R, C] of the exit before; None = there is none.
         """
+        raise NotImplementedError
+
+    def context_of_row(self, logits: list[float], previous: list[float] | None) -> list[float]:
+        """The same numbers of one row, worked out without tensors; where `reads_rows` is set."""
         raise NotImplementedError
 
     def typical(self, sure: Tensor) -> Tensor:
@@ -114,6 +120,7 @@ class SingleLabel(Task):
     class_weights: tuple[float, ...] | None = None
     name: ClassVar[str] = "single_label_classification"
     metric: ClassVar[str] = "accuracy"
+    reads_rows: ClassVar[bool] = True
 
     @property
     def least_sure(self) -> float:
@@ -134,9 +141,9 @@ class SingleLabel(Task):
         return logits.double().softmax(-1).gather(-1, labels[..., None])[..., 0]
 
     def context(self, logits: Tensor, previous: Tensor | None) -> Tensor:
-        # One pass over this exit and the one before: a single row's decision costs what its operations cost to launch.
+        # One pass over this exit and the one before: a few rows' decision costs what its operations cost to launch.
         both = logits[None] if previous is None else torch.stack([logits, previous])
-        probs = both.float().softmax(-1)
+        probs = both.double().softmax(-1)
         top, label = probs.topk(2, -1)
         sure, second = top[0].unbind(-1)
         if previous is None:
@@ -144,6 +151,16 @@ class SingleLabel(Task):
         else:
             before, same = top[1, :, 0], (label[0, :, 0] == label[1, :, 0]).to(sure.dtype)
         return torch.stack([sure, sure.square(), _entropy(probs[0]), sure - second, same, before], -1)
+
+    def context_of_row(self, logits: list[float], previous: list[float] | None) -> list[float]:
+        probs, answer = _softmax(logits)
+        sure, second = sorted(probs)[:-3:-1]
+        entropy = -sum(p * math.log(p) for p in probs if p > 0.0) / math.log(len(probs))
+        same = before = 0.0
+        if previous is not None:
+            others, other = _softmax(previous)
+            same, before = float(other == answer), max(others)
+        return [sure, sure * sure, entropy, sure - second, same, before]
 
     def typical(self, sure: Tensor) -> Tensor:
         rest = ((1 - sure) / (self.classes - 1))[:, None].expand(-1, self.classes - 1)
@@ -197,13 +214,13 @@ class MultiLabel(Task):
         return torch.where(labels.bool(), on, 1 - on).mean(-1)
 
     def context(self, logits: Tensor, previous: Tensor | None) -> Tensor:
-        on = logits.float().sigmoid()
+        on = logits.double().sigmoid()
         each = torch.maximum(on, 1 - on)
         sure, doubt = each.mean(-1), (_bits(on) / math.log(2)).mean(-1)
         if previous is None:
             same = before = torch.zeros_like(sure)
         else:
-            same, before = self.agree(logits, previous).to(sure.dtype), self.confidence(previous)
+            same, before = self.agree(logits, previous).to(sure.dtype), self.confidence(previous).double()
         return torch.stack([sure, sure.square(), doubt, 2 * each.amin(-1) - 1, same, before], -1)
 
     def typical(self, sure: Tensor) -> Tensor:
@@ -262,12 +279,12 @@ class Regression(Task):
         return 1 - gap.square().clamp_max(1)
 
     def context(self, logits: Tensor, previous: Tensor | None) -> Tensor:
-        place = (logits[:, 0].float() - self.mean) / self.std
+        place = (logits[:, 0].double() - self.mean) / self.std
         far = (place.abs() / 3).clamp_max(1)
         if previous is None:
             sure, same, gap = torch.full_like(place, 0.5), torch.zeros_like(place), torch.zeros_like(place)
         else:
-            gap = ((logits - previous)[:, 0].float() / self.std).abs().clamp_max(1)
+            gap = ((logits - previous)[:, 0].double() / self.std).abs().clamp_max(1)
             sure, same = 1 - gap.square(), (gap < NEAR).to(gap.dtype)
         return torch.stack([sure, sure.square(), far, (place / 3).clamp(-1, 1), same, gap], -1)
 
@@ -316,12 +333,12 @@ class Embedding(Task):
         return F.cosine_similarity(logits.double(), labels.double(), dim=-1).clamp(0, 1)
 
     def context(self, logits: Tensor, previous: Tensor | None) -> Tensor:
-        length = logits.float().square().mean(-1).sqrt()
+        length = logits.double().square().mean(-1).sqrt()
         if previous is None:
             sure, same, before = torch.full_like(length, 0.5), torch.zeros_like(length), torch.zeros_like(length)
         else:
-            sure = F.cosine_similarity(logits.float(), previous.float(), dim=-1).clamp(0, 1)
-            same, before = (sure > ALIKE).to(sure.dtype), previous.float().square().mean(-1).sqrt()
+            sure = F.cosine_similarity(logits.double(), previous.double(), dim=-1).clamp(0, 1)
+            same, before = (sure > ALIKE).to(sure.dtype), previous.double().square().mean(-1).sqrt()
         return torch.stack([sure, sure.square(), 1 - sure, length, same, before], -1)
 
     def typical(self, sure: Tensor) -> Tensor:
@@ -369,6 +386,14 @@ def _entropy(probs: Tensor) -> Tensor:
     """[...] in [0, 1], of probabilities [..., C]."""
     entropy: Tensor = torch.special.entr(probs).sum(-1)
     return entropy / math.log(probs.shape[-1])
+
+
+def _softmax(logits: list[float]) -> tuple[list[float], int]:
+    """Probabilities and the answer; not-a-numbers stay what they are."""
+    highest = max(logits)
+    powers = [math.exp(logit - highest) for logit in logits]
+    total = sum(powers)
+    return [power / total for power in powers], logits.index(highest) if highest == highest else 0
 
 
 def _bits(on: Tensor) -> Tensor:

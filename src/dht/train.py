@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import json
 import random
 import shutil
 import time
@@ -19,22 +17,22 @@ from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
 
 from ._files import explained, write_json
 from .calibrate import calibrate
+from .checkpoints import complete_checkpoints, newest_whole, remove_incomplete
 from .config import TrainSettings
 from .data import TextData, balanced_weights, load_data
 from .embed import with_embeddings
-from .errors import CheckpointError, DHTError
+from .errors import DHTError
+from .guarded import GuardedTrainer
 from .hf.convert import FAMILIES, export
 from .hf.modeling import DHTForSequenceClassification
 from .load import build, by_length, collate, device_of, tokenise
+from .manifest import MANIFEST, MODEL_FILES, TOKENIZER_FILES, write_manifest
 from .measure import autocast, report_of, run_policy, split_labels, time_policy
 from .policy.baselines import DensePolicy
 from .policy.budget import Schedule
@@ -44,7 +42,6 @@ from .training import DHTTrainer, Ledger, finish
 CALIBRATION_BATCHES = 16
 FEEDBACK_ROWS = 1024
 TIMED_STEPS = 12
-COMPLETE = "complete.json"
 
 Say = Callable[[str], None]
 Rows = dict[str, list[dict[str, Any]]]
@@ -62,7 +59,7 @@ class Fitted:
         rows: the tokenised train and validation splits.
         steps: batches trained on.
         history: what the ledger noted over training; empty for dense training.
-        report: resumed, train_flops_fraction, train_seconds.
+        report: resumed, refused_updates, train_flops_fraction, train_seconds.
     """
 
     model: DHTForSequenceClassification
@@ -132,8 +129,13 @@ def fit(
     settings.check()
     device = device_of(settings.device)
     checkpoints = settings.out / "checkpoints"
-    start = _last_checkpoint(checkpoints) if resume else None
-    if start is None:
+    start = None
+    if resume:
+        start, problems = newest_whole(checkpoints)
+        for problem in problems:
+            say(f"{problem}; an earlier checkpoint is whole")
+        remove_incomplete(checkpoints)
+    else:
         claim_folder(settings.out, overwrite)
     data = data or load_data(
         settings.data, text_column=settings.text_column, label_column=settings.label_column, seed=settings.seed,
@@ -161,13 +163,16 @@ def fit(
     started = time.perf_counter()
     make = make or (dense_trainer if settings.dense else dynamic_trainer)
     trainer = make(settings, model, tokenizer, rows, checkpoints, bool(start))
-    trainer.add_callback(_MarkComplete())
     _run(trainer, checkpoints, start)
     if isinstance(trainer, DHTTrainer):
         finish(trainer, _feedback(settings, tokenizer, rows["validation"], device), settings.budget)
     ledger: Ledger | None = getattr(trainer, "ledger", None)
+    refusals = trainer.refusals if isinstance(trainer, GuardedTrainer) else None
+    if refusals and refusals.count:
+        say(f"{refusals.count} updates were refused: {'; '.join(refusals.reasons)}")
     report = {
         "resumed": bool(start),
+        "refused_updates": refusals.count if refusals else 0,
         "train_flops_fraction": ledger.fraction if ledger else 1.0,
         "train_seconds": time.perf_counter() - started,
     }
@@ -198,9 +203,8 @@ def _run(trainer: Trainer, checkpoints: Path, start: Path | None) -> None:
         with explained(checkpoints):
             trainer.train(resume_from_checkpoint=str(start) if start else None)
     except DHTError as error:
+        remove_incomplete(checkpoints)
         whole = complete_checkpoints(checkpoints)
-        for folder in set(checkpoints.glob("checkpoint-*")) - set(whole):
-            shutil.rmtree(folder, ignore_errors=True)
         if not whole:
             raise
         raise DHTError(f"{error}; {whole[-1]} is whole: then go on with the same command and --resume") from None
@@ -217,42 +221,15 @@ def claim_folder(out: Path, overwrite: bool) -> None:
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise DHTError(f"--out: {out} already holds files; give another folder, --resume to go on, or --overwrite")
-        for name in ("checkpoints", "report.json", "history.json", "run.json", "model.safetensors", "config.json"):
+        for name in (
+            MANIFEST, "checkpoints", "report.json", "history.json", "run.json", "model.safetensors", "config.json"
+        ):  # fmt: skip
             path = out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DHTError(f"--out: cannot make {out}: {error.strerror}; choose another folder") from error
-
-
-def _last_checkpoint(checkpoints: Path) -> Path:
-    found = complete_checkpoints(checkpoints)
-    if not found:
-        raise CheckpointError(f"--resume: no complete checkpoint in {checkpoints}; leave --resume out to start anew")
-    return found[-1]
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints whose every byte was written, oldest first."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            sizes = json.loads((path / COMPLETE).read_text(encoding="utf-8"))["sizes"]
-            if all((path / name).stat().st_size == size for name, size in sizes.items()):
-                found.append(path)
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-
-class _MarkComplete(TrainerCallback):
-    """Seals a checkpoint once it is whole, so that a half-written one is never resumed from."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if folder.is_dir():
-            write_json(
-                folder / COMPLETE, {"sizes": {p.name: p.stat().st_size for p in folder.iterdir() if p.is_file()}}
-            )
 
 
 def arguments(settings: TrainSettings, checkpoints: Path) -> TrainingArguments:
@@ -293,7 +270,7 @@ def dense_trainer(
 ) -> Trainer:
     """Trains the plain full model: one exit, no policy."""
     model.active_policy = DensePolicy(model.config.num_attention_heads)
-    trainer = Trainer(
+    trainer = GuardedTrainer(
         model, arguments(settings, checkpoints), train_dataset=rows["train"],
         data_collator=lambda batch: collate(tokenizer, batch),
     )  # fmt: skip
@@ -415,14 +392,16 @@ def evaluate_run(
 def save_run(
     out: Path, model: DHTForSequenceClassification, tokenizer: PreTrainedTokenizerBase, report: dict[str, Any]
 ) -> None:
-    """Writes a finished run: the model last, so that a folder with a `config.json` is a finished run."""
+    """Writes a finished run: the model last, so that a folder with a `config.json` is a finished run, and checksums."""
     model.active_policy = None
     staged = out / ".model"
     with explained(out):
+        (out / MANIFEST).unlink(missing_ok=True)
         tokenizer.save_pretrained(out)
         write_json(out / "report.json", report)
         model.save_pretrained(staged)
         for name in ("model.safetensors", "config.json"):
             (staged / name).replace(out / name)
+        write_manifest(out, MODEL_FILES + TOKENIZER_FILES)
     shutil.rmtree(staged, ignore_errors=True)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""`DHTTrainer`: a `transformers.Trainer` that lets the policy decide, pays it, and keeps training within its budget."""
+"""`DHTTrainer`: a `transformers` trainer that lets the policy decide, pays it, and keeps training within its budget."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from .curve import measure_curve
+from .errors import NonFiniteError
+from .guarded import GuardedTrainer
 from .hf.modeling import DHTForSequenceClassification, exit_loss
 from .plan import Mode, Trace
 from .policy.budget import Schedule, dual_ascent
@@ -19,6 +21,9 @@ from .policy.reward import quality
 BACKWARD = 2.0
 """FLOPs of a backward pass in units of its forward."""
 
+LONGEST_LOG = 1000
+"""Entries of a log, above which every other one goes: the log of a long run stays as small as that of a short one."""
+
 
 class Ledger(TrainerCallback, ExportableState):
     """What training has cost, in FLOPs, and how it went; saved in every checkpoint's `trainer_state.json`.
@@ -26,18 +31,27 @@ class Ledger(TrainerCallback, ExportableState):
     Attributes:
         executed: FLOPs run: training steps, calibration and feedback passes.
         dense: FLOPs of the same training steps (and nothing else) on the full model.
-        history: a dict every few steps: step, fraction, target, price, loss.
+        history: a dict every few steps: step, fraction, target, price, loss; means over the steps since the last.
+        every: steps between two of them.
     """
 
     def __init__(
-        self, executed: float = 0.0, dense: float = 0.0, history: list[dict[str, float]] | None = None
+        self,
+        executed: float = 0.0,
+        dense: float = 0.0,
+        history: list[dict[str, float]] | None = None,
+        every: int = 10,
+        window: list[tuple[float, float, float]] | None = None,
     ) -> None:
         self.executed, self.dense, self.history = executed, dense, history or []
-        self._window: list[tuple[float, float, float]] = []
+        self.every, self._window = every, window or []
 
     def state(self) -> dict[str, Any]:
         """What `Trainer` writes into the checkpoint."""
-        kept = {"executed": self.executed, "dense": self.dense, "history": self.history}
+        kept = {
+            "executed": self.executed, "dense": self.dense, "history": self.history, "every": self.every,
+            "window": self._window,
+        }  # fmt: skip
         return {"args": kept, "attributes": {}}
 
     @property
@@ -50,16 +64,23 @@ class Ledger(TrainerCallback, ExportableState):
         self.executed += (1 + BACKWARD) * float(trace.flops.sum())
         self.dense += (1 + BACKWARD) * float(trace.dense_flops.sum())
 
-    def note(self, step: int, fraction: float, target: float, price: float, loss: float, every: int = 10) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if len(state.log_history) > LONGEST_LOG:
+            del state.log_history[1::2]
+
+    def note(self, step: int, fraction: float, target: float, price: float, loss: float) -> None:
         """Adds a line to the history every `every` steps: means over the window."""
         self._window.append((fraction, target, loss))
-        if step % every == 0:
+        if step % self.every == 0:
             mean = [sum(column) / len(self._window) for column in zip(*self._window, strict=True)]
             self.history.append({"step": step, "fraction": mean[0], "target": mean[1], "price": price, "loss": mean[2]})
             self._window.clear()
+            if len(self.history) > LONGEST_LOG:
+                del self.history[1::2]
+                self.every *= 2
 
 
-class DHTTrainer(Trainer):
+class DHTTrainer(GuardedTrainer):
     """Trains the weights and the policy together under a budget.
 
     A step: the policy explores on the batch; the loss is over the exits that each row passed; backward also yields the
@@ -85,7 +106,7 @@ class DHTTrainer(Trainer):
         ledger: Ledger | None = None,
         **kwargs: Any,
     ) -> None:
-        kwargs["callbacks"] = [*kwargs.get("callbacks", []), ledger or Ledger()]
+        kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), ledger or Ledger()]
         super().__init__(*args, **kwargs)
         self.schedule, self.feedback = schedule, feedback
         self.price_rate, self.feedback_every = price_rate, feedback_every
@@ -122,12 +143,24 @@ class DHTTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward, then what the policy learns from it."""
         mode = self._mode()
+        self._trace = None
         loss = super().training_step(model, inputs, num_items_in_batch)
-        trace, policy = self._trace, self.dynamic.policy
-        assert trace is not None
-        step = self.state.global_step
+        trace = cast("Trace | None", self._trace)  # None: the forward was refused half-way
+        if trace is not None:
+            self.ledger.step(trace)
+            if bool(loss.isfinite()):
+                try:
+                    self._learn(trace, mode, float(loss))
+                except NonFiniteError as error:
+                    self.refuse(str(error))
+        self.dynamic.policy.finish_step()
+        self._trace = None
+        return loss
+
+    def _learn(self, trace: Trace, mode: Mode, loss: float) -> None:
+        """Pays the arms with what the step showed, and moves the price."""
+        policy, step = self.dynamic.policy, self.state.global_step
         target = self.schedule.at(step / max(self.state.max_steps, 1))
-        self.ledger.step(trace)
         with torch.no_grad():
             policy.observe_units(trace)
             if self.feedback is None or (self.state.epoch or 0.0) < 1.0:
@@ -138,10 +171,7 @@ class DHTTrainer(Trainer):
             if mode == "explore":  # a survey is not what the price asked for
                 price = dual_ascent(price, trace.flops_fraction, target, self.price_rate)
                 policy.price.fill_(price)
-            policy.finish_step()
-        self.ledger.note(step, trace.flops_fraction, target, price, float(loss))
-        self._trace = None
-        return loss
+        self.ledger.note(step, trace.flops_fraction, target, price, loss)
 
     def probe(self, batch: dict[str, Tensor]) -> Trace:
         """Runs held-out rows to full depth, without gradients, and lets the policy learn from every exit."""

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 
-from dht.plan import Decision, Exit, Trace
+from dht.plan import Account, Decision, Exit, Trace
 from dht.policy.reward import quality, returns
 
 
 def trace_of(layers, costs, wants_stop, exits=()):
     depth = len(costs[0])
     ran = torch.arange(depth) < torch.tensor(layers)[:, None]
+    account = Account(SimpleNamespace(layers=depth), torch.ones(len(layers)))
+    account.units, account.dense_flops = ran[..., None], torch.ones(len(layers))
+    account.layer_flops = torch.tensor(costs, dtype=torch.float64)
     return Trace(
-        units=ran[..., None],
-        flops=torch.ones(len(layers)),
-        dense_flops=torch.ones(len(layers)),
+        account,
         exits=list(exits),
-        layer_cost=torch.tensor(costs, dtype=torch.float64),
         decisions=[
             (torch.arange(len(layers)), Decision(torch.ones(1, 1), torch.zeros(1), wants_stop=stops))
             for stops in torch.tensor(wants_stop).unbind(1)

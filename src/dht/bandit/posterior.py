@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dht.errors import NonFiniteError
+
 Arms = slice | Tensor | None
 """A selection of arms: None (all), a slice, or a LongTensor [m] of arm indices."""
 
@@ -180,7 +182,8 @@ class LinearPosterior(nn.Module):
 
         Raises:
             ValueError: a wrong shape, or a row with a value that is not allowed; the message names the first such
-                row, and the statistics are as they were.
+                row, and the statistics are as they were. A value that is not finite, or that would make a statistic
+                so, is a `NonFiniteError`.
         """
         phi = self._context(context)
         w = self._cast(weight)
@@ -205,8 +208,12 @@ class LinearPosterior(nn.Module):
             keep = self.forgetting**rows
         weighted = w.T.unsqueeze(-1) * phi  # [M, B, F]
         # In place: the buffers stay the tensors that a distributed wrapper or a shared-memory worker holds.
-        self.gram.mul_(keep).add_(weighted.mT @ phi)
-        self.moment.mul_(keep).add_(weighted.mT @ r.transpose(0, 1))
+        gram = (self.gram * keep).add_(weighted.mT @ phi)
+        moment = (self.moment * keep).add_(weighted.mT @ r.transpose(0, 1))
+        if not bool((gram.sum() + moment.sum()).isfinite()):
+            _refuse_overflow(gram, moment)
+        self.gram.copy_(gram)
+        self.moment.copy_(moment)
         self.pulls.mul_(keep).add_(w.sum(dim=0))
         self.clock.add_(rows)
         self.invalidate()
@@ -354,7 +361,14 @@ def _refuse_bad_rows(phi: Tensor, w: Tensor, r: Tensor) -> None:
         problem = "weight has a negative or non-finite value; allowed: finite and >= 0"
     else:
         problem = "target has a non-finite value for an arm whose weight is not 0"
-    raise ValueError(f"row {row}: {problem}")
+    raise (ValueError if problem.startswith("weight") else NonFiniteError)(f"row {row}: {problem}")
+
+
+def _refuse_overflow(gram: Tensor, moment: Tensor) -> None:
+    broken = ~(gram.isfinite().flatten(1).all(dim=1) & moment.isfinite().flatten(1).all(dim=1))
+    if bool(broken.any()):
+        arm = int(broken.nonzero()[0])
+        raise NonFiniteError(f"arm {arm}: the sum of its rows overflows float64; scale contexts and targets down")
 
 
 def _cholesky(precision: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dht.bandit.posterior import Arms, LinearPosterior
+from dht.errors import NonFiniteError
 
 
 @torch.no_grad()
@@ -74,8 +75,9 @@ def top_k(scores: Tensor, k: Tensor) -> Tensor:
     bad = outside | undefined
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
-        problem = f"k must be in [0, {arms}], got {int(k[row])}" if outside[row] else "a score is NaN"
-        raise ValueError(f"row {row}: {problem}")
+        if outside[row]:
+            raise ValueError(f"row {row}: k must be in [0, {arms}], got {int(k[row])}")
+        raise NonFiniteError(f"row {row}: a score is NaN")
     order = scores.argsort(dim=1, descending=True, stable=True)
     taken = torch.arange(arms, device=scores.device) < k.unsqueeze(1)
     return torch.zeros_like(taken).scatter(1, order, taken)
@@ -157,4 +159,4 @@ def _check_matrix(scores: Tensor) -> None:
 def _check_finite(scores: Tensor) -> None:
     bad = ~scores.isfinite().all(dim=1)
     if bool(bad.any()):
-        raise ValueError(f"row {int(bad.nonzero()[0])}: a score is not finite")
+        raise NonFiniteError(f"row {int(bad.nonzero()[0])}: a score is not finite")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dht.bandit.posterior import Arms, LinearPosterior
+from dht.errors import NonFiniteError
 
 
 @torch.no_grad()
@@ -71,8 +72,9 @@ def choose(index: Tensor, allowed: Tensor | None = None) -> Tensor:
     bad = empty | undefined
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
-        problem = "no arm is allowed" if empty[row] else "the index of an allowed arm is NaN"
-        raise ValueError(f"row {row}: {problem}")
+        if empty[row]:
+            raise ValueError(f"row {row}: no arm is allowed")
+        raise NonFiniteError(f"row {row}: the index of an allowed arm is NaN")
     masked = index.masked_fill(~permitted, -math.inf)
     # Compared with the row's best and with `permitted`, so that a row of -inf cannot select a forbidden arm.
     best = (masked == masked.amax(dim=1, keepdim=True)) & permitted

@@ -120,9 +120,9 @@ class PreparedPlan(Policy):
 
     name = "plan"
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
+    def __init__(self, plan: Plan, device: torch.device, lasting: bool = True) -> None:
         super().__init__()
-        self.plan = plan
+        self.plan, self.lasting = plan, lasting
         self.sets: list[Tensor] = []
         self.choices: list[Tensor] = []
         for layer in range(plan.units.shape[1]):
@@ -132,4 +132,4 @@ class PreparedPlan(Policy):
             self.choices.append(torch.where(wanted.any(-1), choice, -1).to(device))
 
     def decide(self, view: View) -> Decision:
-        return Decision(self.sets[view.layer], self.choices[view.layer][view.rows])
+        return Decision(self.sets[view.layer], self.choices[view.layer][view.rows], lasting=self.lasting)

@@ -95,11 +95,12 @@ def shuffle_importance(policy: LearnedPolicy) -> None:
     units.update(phi.to(device), torch.ones_like(value).to(device), value.to(device))
 
 
+_SEES = {"context_projection": 8}
 _FIXED = {"sigma": 0.0, "unit_weight": 0.0}
 ABLATIONS = {
-    "context-embedding": Ablation("decides on length and mean embedding only", policy=EmbeddingTree),
-    "context-hidden": Ablation("decides on the hidden state, not on the exits", policy=HiddenTree),
-    "context-confidence": Ablation("decides on the exits only", options={"context_projection": 0}),
+    "context-embedding": Ablation("decides on length and mean embedding only", options=_SEES, policy=EmbeddingTree),
+    "context-hidden": Ablation("decides on the hidden state, not on the exits", options=_SEES, policy=HiddenTree),
+    "context-both": Ablation("the first decision sees the mean embedding too", options=_SEES),
     "context-shuffled": Ablation("learns and decides on another row's context", policy=ShuffledTree),
     "forgetting-off": Ablation("gamma = 1: nothing is forgotten", options={"forgetting": 1.0}),
     "exploration-off": Ablation("no step runs everything", options={"exploration": 0.0}),

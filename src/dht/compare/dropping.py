@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..hf.modeling import DHTForSequenceClassification
-from ..plan import Exit, Trace
+from ..plan import Account, Exit, Ran, Trace
 
 FINAL_KEEP = 0.5
 """Theta bar of progressive layer dropping, the value of its paper; more where the budget allows more."""
@@ -79,14 +79,10 @@ def run_layers(model: DHTForSequenceClassification, inputs: dict[str, Tensor], l
     encoder, cost = model.encoder, model.encoder.cost
     rows = encoder.embeddings(inputs["input_ids"], inputs["attention_mask"], inputs.get("token_type_ids"))
     bias = encoder.position_bias(rows.max_length) if encoder.position_bias is not None else None
-    units = torch.zeros(rows.rows.numel(), cost.layers, cost.heads, dtype=torch.bool, device=rows.lengths.device)
-    flops = cost.embedding(rows.lengths) + encoder.exit_cost(cost.layers, rows)
+    account, every = Account(cost, rows.lengths), torch.ones(cost.heads, dtype=torch.bool, device=rows.lengths.device)
     for layer in layers:
-        rows = rows.with_hidden(encoder.blocks[layer](rows, None, bias))
-        units[:, layer] = True
-        flops = flops + cost.layer(rows.lengths, cost.heads, rows.max_length)
+        account.ran.append(Ran(layer, rows.rows, rows.lengths, [(every, cost.heads, len(rows.rows))]))
+        rows = rows.with_hidden(encoder.blocks[layer](rows, bias=bias))
+    account.left.append((rows.rows, rows.lengths, encoder.attends(cost.layers)))
     logits = encoder.exit(cost.layers, rows)
-    return Trace(
-        units=units, flops=flops, dense_flops=cost.dense(rows.lengths), exits=[Exit(cost.layers, rows.rows, logits)],
-        logits=logits,
-    )  # fmt: skip
+    return Trace(account, exits=[Exit(cost.layers, rows.rows, logits)], logits=logits)

@@ -15,6 +15,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from .._files import write_json
 from ..config import TrainSettings
+from ..guarded import GuardedTrainer
 from ..hf.modeling import DHTForSequenceClassification, exit_loss
 from ..load import collate
 from ..plan import Trace
@@ -108,8 +109,8 @@ class Recipe:
     probes: list[dict[str, Any]] = field(default_factory=list)
 
 
-class CountingTrainer(Trainer):
-    """A plain `Trainer` whose steps are counted in FLOPs.
+class CountingTrainer(GuardedTrainer):
+    """A plain trainer whose steps are counted in FLOPs.
 
     Args:
         keep: layers of each batch (layer dropout); None = what the model's active policy runs.

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 
 FORMAT_VERSION = 1
 """Of saved models; a larger number in a file means that a newer dht wrote it."""
+
+_WHOLE = {
+    "vocab_size": (1, 2**31), "hidden_size": (1, 2**20), "num_hidden_layers": (1, 2**12),
+    "num_attention_heads": (1, 2**12), "intermediate_size": (1, 2**20), "max_position_embeddings": (1, 2**31),
+    "type_vocab_size": (0, 2**20), "position_offset": (0, 2**20), "relative_attention_num_buckets": (0, 2**16),
+    "context_projection": (0, 2**16), "head_sets": (1, 2**16), "policy_seed": (0, 2**63), "format_version": (0, 2**31),
+    "wide_from": (0, 2**12),
+}  # fmt: skip
+"""Whole numbers and what is allowed, ends included."""
+
+_REAL = {
+    "hidden_dropout_prob": (0.0, 1.0), "attention_probs_dropout_prob": (0.0, 1.0), "layer_norm_eps": (0.0, 1.0),
+    "initializer_range": (0.0, 1e6), "ridge": (0.0, 1e300), "forgetting": (0.0, 1.0), "alpha": (0.0, 1e300),
+    "sigma": (0.0, 1e300), "unit_weight": (0.0, 1e300), "exploration": (0.0, 1.0), "budget": (0.0, 1.0),
+    "label_mean": (-1e300, 1e300), "label_std": (0.0, 1e300),
+}  # fmt: skip
+"""Real numbers, likewise; a few must be above the lower end, which `check` looks at."""
 
 
 @strict
@@ -43,7 +61,8 @@ class DHTConfig(PreTrainedConfig):
             never (decision 6).
         train_widths: "narrowest": where there is a choice, training rows run the narrowest width, and wider ones are
             learned of from held-out rows and full steps; "all": training rows choose their width too (decision 6).
-        context_projection: random directions of the mean embedding that the first decision sees.
+        context_projection: random directions of the mean embedding that the first decision sees; None = 8 in
+            integrated search and 0 in tree search, whose first decision gains nothing by them.
         ridge: lambda, the prior precision of every arm.
         forgetting: gamma in (0, 1], discount per observed decision.
         alpha: UCB optimism while training; inference is greedy.
@@ -100,7 +119,7 @@ class DHTConfig(PreTrainedConfig):
     widths: list[int] | None = None
     wide_from: int | None = None
     train_widths: str = "narrowest"
-    context_projection: int = 8
+    context_projection: int | None = None
     ridge: float = 1.0
     forgetting: float = 0.9998
     alpha: float = 0.05
@@ -118,6 +137,12 @@ class DHTConfig(PreTrainedConfig):
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.context_projection is None:
+            self.context_projection = 8 if self.search == "integrated" else 0
+        # Before `transformers` computes with them. What else makes no sense is left for `check` to tell.
+        problems = self._wrong_types()
+        if problems:
+            raise ConfigError(problems)
         if self.widths is None:
             heads = self.num_attention_heads
             even = round(heads * math.sqrt(min(max(self.budget, 0.0), 1.0)))
@@ -133,7 +158,9 @@ class DHTConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Raises `ConfigError` with every problem of this configuration."""
-        problems = []
+        problems = self._wrong_types()
+        if problems:
+            raise ConfigError(problems)
 
         def need(ok: bool, what: str) -> None:
             if not ok:
@@ -147,6 +174,8 @@ class DHTConfig(PreTrainedConfig):
             )
         need(heads >= 1, f"num_attention_heads: got {heads}, must be at least 1")
         need(self.num_hidden_layers >= 1, f"num_hidden_layers: got {self.num_hidden_layers}, must be at least 1")
+        pad, words = self.pad_token_id, self.vocab_size
+        need(pad is None or 0 <= pad < words, f"pad_token_id: got {pad}, must be in 0..{words - 1} or null")
         if heads >= 1:
             for name in ("hidden_size", "intermediate_size"):
                 size = getattr(self, name)
@@ -201,11 +230,44 @@ class DHTConfig(PreTrainedConfig):
         need(single or weights is None, f"class_weights: got {weights}, but problem_type {problem!r} takes none")
         numeric = problem == "regression" or (problem is None and outputs == 1)
         need(not numeric or self.reward == "correct", f"reward: got {self.reward!r}, a regression takes only 'correct'")
-        mean, std = float(self.label_mean), float(self.label_std)
-        need(math.isfinite(mean), f"label_mean: got {mean}, must be a finite number")
-        need(math.isfinite(std) and std > 0, f"label_std: got {std}, must be a finite number above 0")
-        need(
-            numeric or (mean, std) == (0.0, 1.0), f"label_mean, label_std: got {mean:g}, {std:g}, only for a regression"
-        )
+        mean, std = self.label_mean, self.label_std
+        need(std > 0, f"label_std: got {std}, must be above 0")
+        standard = (mean, std) == (0, 1)
+        need(numeric or standard, f"label_mean, label_std: got {mean:g}, {std:g}, only for a regression")
+        told = {problem.split(":")[0] for problem in problems}
+        for name, (least, most) in {**_WHOLE, **_REAL}.items():
+            got = getattr(self, name)
+            if name not in told:
+                need(least <= got <= most, f"{name}: got {got}, must be in {least:g}..{most:g}")
         if problems:
             raise ConfigError(problems)
+
+    def _wrong_types(self) -> list[str]:
+        kinds: tuple[tuple[Iterable[str], Callable[[Any], bool], str], ...] = (
+            (_WHOLE, _is_whole, "a whole number"),
+            (_REAL, _is_real, "a number"),
+            (("pad_token_id", "embedding_size"), lambda got: got is None or _is_whole(got), "a whole number or null"),
+            (("hidden_act", "last_activation"), lambda got: isinstance(got, str), "a name"),
+            (("widths",), lambda got: isinstance(got, list) and all(map(_is_whole, got)), "whole numbers"),
+            (
+                ("rotary_thetas", "windows"),
+                lambda got: got is None or (isinstance(got, list) and all(x is None or _is_real(x) for x in got)),
+                "null, or a number or null for every layer",
+            ),
+        )
+        problems = []
+        for names, fits, allowed in kinds:
+            for name in names:
+                got = getattr(self, name)
+                derived = got is None and name in ("widths", "wide_from")
+                if not (derived or fits(got)):
+                    problems.append(f"{name}: got {shown(got)}, allowed: {allowed}")
+        return problems
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 2**63
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e300

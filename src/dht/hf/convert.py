@@ -119,9 +119,9 @@ def load_source(path: str | Path, num_labels: int) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(path)
         classifier = any("SequenceClassification" in name for name in config.architectures or [])
         if classifier and config.num_labels == num_labels:
-            model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(path)
+            model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True)
         else:
-            model = AutoModel.from_pretrained(path)
+            model = AutoModel.from_pretrained(path, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         raise DHTError(f"model: cannot load {str(path)!r}: {str(error).splitlines()[0]}") from error
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.generic import ModelOutput
 from transformers.utils.hub import cached_file
 
+from ..manifest import COMPLETE, MANIFEST, verify
 from ..model.block import Block
 from ..model.encoder import Encoder, ExitHead, Map
 from ..model.execute import execute
@@ -77,7 +79,14 @@ class DHTForSequenceClassification(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """The saved model; its policy in float64 to the last bit, whatever `dtype` the weights are loaded in."""
+        """The saved model; its policy in float64 to the last bit, whatever `dtype` the weights are loaded in.
+
+        Raises:
+            CheckpointError: a local folder's files are not those that its manifest lists.
+        """
+        for name in (MANIFEST, COMPLETE):
+            verify(Path(str(pretrained_model_name_or_path)) / (kwargs.get("subfolder") or ""), name)
+        kwargs.setdefault("use_safetensors", True)  # nothing is ever unpickled
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         where: dict[str, Any] = {
@@ -92,6 +101,12 @@ class DHTForSequenceClassification(PreTrainedModel):
     def task(self) -> Task:
         """What the model is for, as its configuration says."""
         return task_of(self.config)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[Any], *args: Any, **kwargs: Any) -> None:
+        """Saves as every model of `transformers` does; checksums of what is replaced there go."""
+        for name in (MANIFEST, COMPLETE):
+            (Path(save_directory) / name).unlink(missing_ok=True)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.embeddings.words

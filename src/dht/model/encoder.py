@@ -73,22 +73,36 @@ class Embeddings(nn.Module):
         self.position_offset = position_offset
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Packed:
-        """Packed embeddings of `input_ids` [B, T] where `attention_mask` [B, T] is 1."""
+        """Packed embeddings of `input_ids` [B, T] where `attention_mask` [B, T] is 1.
+
+        Raises:
+            ValueError: a row has no real token.
+        """
+        batch, places = input_ids.shape
         keep = attention_mask.bool()
         lengths = keep.sum(-1)
-        hidden = self.words(input_ids[keep])
+        shortest, longest = torch.stack(lengths.aminmax()).tolist() if batch else (0, 0)
+        if batch and not shortest:
+            empty = int((lengths == 0).nonzero()[0])
+            raise ValueError(f"row {empty} of the batch has no real token: its attention_mask is all zero")
+        full = shortest == places  # nothing to leave out: no index to work out
+
+        def real(values: Tensor) -> Tensor:
+            return values if full else values[keep]
+
+        hidden = self.words(real(input_ids))
         if self.positions is not None:
+            position = torch.arange(places, device=input_ids.device).expand_as(input_ids)
             if self.position_offset:
-                position = keep.cumsum(-1)[keep] - 1 + self.position_offset
-            else:
-                position = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)[keep]
-            hidden = hidden + self.positions(position)
+                position = (position if full else keep.cumsum(-1) - 1) + self.position_offset
+            hidden = hidden + self.positions(real(position))
         if self.types is not None:
-            hidden = hidden + (self.types.weight[0] if token_type_ids is None else self.types(token_type_ids[keep]))
+            hidden = hidden + (self.types.weight[0] if token_type_ids is None else self.types(real(token_type_ids)))
         hidden = self.dropout(self.norm(hidden))
         if self.project is not None:
             hidden = self.project(hidden)
-        return Packed(hidden, lengths, torch.arange(input_ids.shape[0], device=input_ids.device))
+        packed = Packed(hidden.flatten(0, 1) if full else hidden, lengths, torch.arange(batch, device=input_ids.device))
+        return packed.knowing(longest, shortest == longest)
 
 
 class RelativePositionBias(nn.Module):
@@ -266,9 +280,9 @@ class Encoder(nn.Module):
         logits: Tensor = self.exits[layer - 1](self.pool(layer, rows))
         return logits
 
-    def exit_cost(self, layer: int, rows: Packed) -> Tensor:
-        """FLOPs per row of that exit, float64 [R]."""
-        return self.cost.exit(rows.lengths, self.exits[layer - 1].queries is not None)
+    def attends(self, layer: int) -> bool:
+        """True if the exit after `layer` in 1..N scores every token (see `CostModel.exit`)."""
+        return self.exits[layer - 1].queries is not None
 
 
 def _exits(config: DHTConfig, norm: Callable[[], nn.LayerNorm]) -> list[ExitHead]:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..plan import Exit, Mode, Trace
+from ..plan import Account, Exit, Mode, Ran, Trace
+from .block import GateTap, Group, Units
 from .encoder import Encoder
-from .packed import Packed
 
 if TYPE_CHECKING:
     from ..policy.base import Policy
@@ -52,29 +52,14 @@ def execute(
 
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    empty = ~attention_mask.any(-1)
-    if bool(empty.any()):
-        raise ValueError(
-            f"row {int(empty.nonzero()[0])} of the batch has no real token: its attention_mask is all zero"
-        )
-    batch, num_layers, heads, device = input_ids.shape[0], len(encoder.blocks), encoder.cost.heads, input_ids.device
-    cost, learns = encoder.cost, policy.num_features > 0
+    num_layers, cost, learns = len(encoder.blocks), encoder.cost, policy.num_features > 0
     packed = encoder.embeddings(input_ids, attention_mask, token_type_ids)
-    bias = encoder.position_bias(packed.max_length) if encoder.position_bias is not None and batch else None
-    trace = Trace(
-        units=torch.zeros(batch, num_layers, heads, dtype=torch.bool, device=device),
-        flops=cost.embedding(packed.lengths),
-        dense_flops=cost.dense(packed.lengths),
-        layer_cost=torch.zeros(batch, num_layers, dtype=torch.float64, device=device),
-    )
+    bias = encoder.position_bias(packed.max_length) if encoder.position_bias is not None and len(input_ids) else None
+    deciding = [policy.decision_flops(layer, cost) for layer in range(num_layers)] if learns else None
+    account = Account(cost, packed.lengths, deciding)
+    trace = Trace(account)
     logits: Tensor | None = None
     previous: Tensor | None = None
-
-    def leave(layer: int, rows: Packed) -> None:
-        """Rows that end after `layer` without having been read by the policy still owe their exit."""
-        if rows.rows.numel():
-            trace.exits.append(Exit(layer, rows.rows, encoder.exit(layer, rows)))
-            trace.flops[rows.rows] += encoder.exit_cost(layer, rows)
 
     for layer in range(num_layers):
         if not packed.rows.numel():
@@ -88,60 +73,66 @@ def execute(
         trace.policy_seconds += time.perf_counter() - started
 
         choice = decision.choice
-        order = choice.argsort(stable=True)
-        counts = torch.bincount(choice + 1, minlength=decision.sets.shape[0] + 1).tolist()
-        leaving, counts = counts[0], counts[1:]
-        if leaving and logits is None:
-            if layer == 0:
-                raise ValueError(f"row {int(packed.rows[choice < 0][0])}: a policy may not stop a row before layer 1")
-            leave(layer, packed.select(order[:leaving]))
+        leaving, *counts = torch.bincount(choice + 1, minlength=decision.sets.shape[0] + 1).tolist()
         if leaving or sum(count > 0 for count in counts) > 1:
+            order = choice.argsort(stable=True)
+            if leaving and logits is None:  # they were not read by the policy and still owe their exit
+                if layer == 0:
+                    raise ValueError(
+                        f"row {int(packed.rows[choice < 0][0])}: a policy may not stop a row before layer 1"
+                    )
+                left = packed.select(order[:leaving])
+                trace.exits.append(Exit(layer, left.rows, encoder.exit(layer, left)))
+                account.left.append((left.rows, left.lengths, encoder.attends(layer)))
             order = order[leaving:]
-            packed = packed.select(order)
-            if logits is not None:
-                logits = logits[order]
-            if not packed.rows.numel():
+            if not order.numel():
                 break
+            packed = packed.select(order)
+            logits = None if logits is None else logits[order]
 
-        gates = trace.gate_grads.setdefault(layer, []) if tap_gates else []
-        used = [(units, count) for units, count in zip(decision.sets, counts, strict=True) if count]
-        groups = packed.split([count for _, count in used])
-        outputs = []
-        for (mask, _), group in zip(used, groups, strict=True):
-            size = int(mask.sum())
-            units = None if size == heads else mask.nonzero()[:, 0]
-            tap = partial(_tap, gates, group.rows, group.token_row, units) if tap_gates else None
-            outputs.append(encoder.blocks[layer](group, units, bias, tap))
-            trace.units[group.rows, layer] = mask
-            spent = cost.layer(group.lengths, size, group.max_length)
-            trace.layer_cost[group.rows, layer] = spent
-        packed = packed.with_hidden(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+        sets = decision.sets.tolist()
+        used = [(i, tuple(h for h, on in enumerate(sets[i]) if on), count) for i, count in enumerate(counts) if count]
+        chosen = [None if len(units) == cost.heads else units for _, units, _ in used]
+        taps: list[GateTap | None] = [None] * len(used)
+        if tap_gates:
+            gates = trace.gate_grads.setdefault(layer, [])
+            layouts = packed.split([count for *_, count in used])
+            taps = [
+                partial(_tap, gates, part.rows, part.token_row, units)
+                for part, units in zip(layouts, chosen, strict=True)
+            ]
+        groups = [Group(units, count, tap) for units, (*_, count), tap in zip(chosen, used, taps, strict=True)]
+        packed = packed.with_hidden(encoder.blocks[layer](packed, groups, bias, decision.lasting))
+        ran = Ran(
+            layer, packed.rows, packed.lengths, [(decision.sets[i], len(units), count) for i, units, count in used]
+        )
+        account.ran.append(ran)
         previous, logits = logits, None
         if policy.reads_exits or every_exit or layer == num_layers - 1:
             logits = encoder.exit(layer + 1, packed)
             trace.exits.append(Exit(layer + 1, packed.rows, logits))
-            trace.layer_cost[packed.rows, layer] += encoder.exit_cost(layer + 1, packed)
-    trace.flops += trace.layer_cost.sum(-1)
-    if learns:  # a row that ran a layer decided before it, and once more unless that was the last
-        decided = [policy.decision_flops(layer, cost) for layer in range(num_layers)]
-        spent = torch.tensor([0.0, *decided], dtype=torch.float64, device=device).cumsum(0)
-        trace.flops += spent[(trace.layers + 1).clamp_max(num_layers)]
-    trace.layer_cost /= trace.dense_flops[:, None]
-    if trace.exits:
-        answer = trace.exits[0].logits.new_zeros(batch, trace.exits[0].logits.shape[-1])
-        for exit_ in trace.exits:
-            answer = answer.index_copy(0, exit_.rows, exit_.logits)
-        trace.logits = answer
-    else:
-        trace.logits = packed.hidden.new_zeros(0, cost.classes)
+            ran.exits = encoder.attends(layer + 1)
+    trace.logits = _answers(trace.exits, len(input_ids), packed.hidden.new_zeros(0, cost.classes))
     return trace
+
+
+def _answers(exits: list[Exit], rows: int, none: Tensor) -> Tensor:
+    """[B, C], the logits of the last exit that each row reached; `none` if there is no exit."""
+    if not exits:
+        return none
+    if len(exits) == 1 and len(exits[0].rows) == rows == 1:
+        return exits[0].logits
+    answer = exits[0].logits.new_zeros(rows, exits[0].logits.shape[-1])
+    for exit_ in exits:
+        answer = answer.index_copy(0, exit_.rows, exit_.logits)
+    return answer
 
 
 def _tap(
     gates: list[tuple[Tensor, Tensor, Tensor]],
     rows: Tensor,
     token_row: Tensor,
-    units: Tensor | None,
+    units: Units | None,
     part: str,
     product: Tensor,
 ) -> None:
@@ -151,6 +142,4 @@ def _tap(
     """
     per_token = product.sum(-1)
     grads = per_token.new_zeros(rows.numel(), per_token.shape[-1]).index_add(0, token_row, per_token)
-    if units is None:
-        units = torch.arange(grads.shape[1], device=grads.device)
-    gates.append((rows, units, grads))
+    gates.append((rows, torch.tensor(units or range(grads.shape[1]), device=grads.device), grads))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -110,20 +111,38 @@ class Packed:
 
     def select(self, order: Tensor) -> Packed:
         """The rows `order` (int64 [R'], positions among the active rows), in that order."""
-        lengths = self.lengths[order]
+        lengths, rows = self.lengths[order], self.rows[order]
+        if self.equal and self.rows.numel():
+            hidden = self.hidden.view(self.rows.numel(), self.max_length, -1).index_select(0, order).flatten(0, 1)
+            return Packed(hidden, lengths, rows).knowing(self.max_length, True)
         total = int(lengths.sum())
         starts = lengths.cumsum(0) - lengths
         shift = torch.repeat_interleave(self.starts[order] - starts, lengths, output_size=total)
         tokens = torch.arange(total, device=order.device) + shift
-        return Packed(self.hidden.index_select(0, tokens), lengths, self.rows[order])
+        return Packed(self.hidden.index_select(0, tokens), lengths, rows)
+
+    def tokens_of(self, counts: list[int]) -> list[int]:
+        """Tokens of consecutive groups of `counts` rows."""
+        if len(counts) == 1:
+            return [self.hidden.shape[0]]
+        if self.equal:
+            return [count * self.max_length for count in counts]
+        lengths = iter(self.lengths.tolist())
+        return [sum(islice(lengths, count)) for count in counts]
 
     def split(self, counts: list[int]) -> list[Packed]:
         """Consecutive groups of `counts` rows, as views."""
         if len(counts) == 1:
             return [self]
-        lengths = self.lengths.split(counts)
-        hidden = self.hidden.split([int(part.sum()) for part in lengths])
-        return [Packed(*part) for part in zip(hidden, lengths, self.rows.split(counts), strict=True)]
+        parts = zip(self.lengths.split(counts), self.rows.split(counts), strict=True)
+        hidden = self.hidden.split(self.tokens_of(counts))
+        groups = [Packed(tokens, *part) for tokens, part in zip(hidden, parts, strict=True)]
+        return [group.knowing(self.max_length, True) for group in groups] if self.equal else groups
+
+    def knowing(self, max_length: int, equal: bool) -> Packed:
+        """Itself, with what need not be worked out from `lengths` again."""
+        self.__dict__.update(max_length=max_length, equal=equal)
+        return self
 
     def with_hidden(self, hidden: Tensor) -> Packed:
         """The same rows with other hidden states; the layout already worked out is kept."""

@@ -44,7 +44,7 @@ class StaticPolicy(Policy):
 
     def decide(self, view: View) -> Decision:
         runs = 0 if view.layer < self.layers else -1
-        return Decision(self.sets[view.layer][None], torch.full_like(view.rows, runs))
+        return Decision(self.sets[view.layer][None], torch.full_like(view.rows, runs), lasting=True)
 
 
 class FixedPlan(Policy):
@@ -83,7 +83,7 @@ class DepthPolicy(Policy):
             choice = torch.full_like(choice, -1)
         elif view.layer:
             choice = torch.where(self.stops(view), -1, choice)
-        return Decision(self.sets[view.layer][None], choice)
+        return Decision(self.sets[view.layer][None], choice, lasting=True)
 
 
 class ConfidencePolicy(DepthPolicy):

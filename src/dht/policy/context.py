@@ -10,9 +10,13 @@ from torch import Tensor
 from ..task import SEEN, Task
 from .base import View
 
+LOG_LONGEST = math.log(512)
 EXIT_FEATURES = 2 + SEEN
 """bias, log length and what the task reads of an exit: confidence, its square, doubt, margin, agreement with the exit
 before, and a number on that one."""
+
+FEW = 48
+"""Numbers in the logits of a batch up to which Python's arithmetic takes less time than launching tensor operations."""
 
 
 def features(view: View, projection: Tensor, task: Task) -> Tensor:
@@ -26,14 +30,29 @@ def features(view: View, projection: Tensor, task: Task) -> Tensor:
         projection: float [P, D], fixed random directions.
         task: reads the exit.
     """
-    length = view.lengths.float().log() / math.log(512)
-    if view.logits is None:
-        phi = torch.zeros(len(length), EXIT_FEATURES + projection.shape[0], device=length.device)
+    logits, rest = view.logits, projection.shape[0]
+    if logits is not None and task.reads_rows and logits.numel() <= FEW and logits.device.type == "cpu":
+        return _features_of_few(view, rest, task)
+    length = view.lengths.double().log() / LOG_LONGEST
+    if logits is None:
+        phi = torch.zeros(len(length), EXIT_FEATURES + rest, dtype=torch.float64, device=length.device)
         phi[:, 0], phi[:, 1] = 1.0, length
-        if projection.shape[0] and view.layer == 0:
+        if rest and view.layer == 0:
             unit = torch.nn.functional.normalize(view.packed.mean().float(), dim=-1)
             phi[:, EXIT_FEATURES:] = unit @ projection.float().T
-        return phi.to(torch.float64)
-    seen = task.context(view.logits, view.previous)
-    known = torch.cat([torch.ones_like(seen[:, :1]), length[:, None], seen], -1)
-    return torch.nn.functional.pad(known.to(torch.float64), (0, projection.shape[0]))
+        return phi
+    seen = task.context(logits, view.previous)
+    known = torch.cat([torch.ones_like(length)[:, None], length[:, None], seen], -1)
+    return torch.nn.functional.pad(known, (0, rest))
+
+
+def _features_of_few(view: View, rest: int, task: Task) -> Tensor:
+    """The same, row by row: with one row or two the tensor operations would take longer than what they work out."""
+    assert view.logits is not None
+    now = view.logits.tolist()
+    then = [None] * len(now) if view.previous is None else view.previous.tolist()
+    rows = [
+        [1.0, math.log(length) / LOG_LONGEST, *task.context_of_row(logits, previous)] + [0.0] * rest
+        for logits, previous, length in zip(now, then, view.lengths.tolist(), strict=True)
+    ]
+    return torch.tensor(rows, dtype=torch.float64)

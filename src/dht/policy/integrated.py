@@ -44,7 +44,8 @@ class IntegratedPolicy(LearnedPolicy):
         if view.layer >= self.wide_from:
             width = torch.full_like(width, len(self.widths) - 1)
         sets, choice = self._pick_sets(view, context, torch.where(depth > view.layer, width, -1))
-        return Decision(sets, choice, arm, context, torch.zeros_like(depth, dtype=torch.bool))
+        wants_stop = torch.zeros_like(depth, dtype=torch.bool)
+        return Decision(sets, choice, arm, context, wants_stop, lasting=view.mode == "exploit")
 
     def _choose(self, view: View, context: Tensor) -> Tensor:
         """int64 [R], the arm of each row; the grid in one vector, depth by depth."""

@@ -51,7 +51,8 @@ class LearnedPolicy(Policy):
         self.layers, self.heads = config.num_hidden_layers, config.num_attention_heads
         self.task = task_of(config)
         self.widths = [int(width) for width in config.widths or []]
-        self.num_features = EXIT_FEATURES + config.context_projection
+        directions = config.context_projection or 0
+        self.num_features = EXIT_FEATURES + directions
         self.alpha, self.sigma = config.alpha, config.sigma
         self.max_sets, self.seed = config.head_sets, config.policy_seed
         self.wide_from = self.layers if config.wide_from is None else config.wide_from
@@ -64,9 +65,7 @@ class LearnedPolicy(Policy):
         sets = torch.zeros(self.layers, len(self.widths), self.max_sets, self.heads, dtype=torch.bool)
         for i, width in enumerate(self.widths):
             sets[:, i, :, :width] = True
-        self.register_buffer(
-            "projection", torch.randn(config.context_projection, config.hidden_size, generator=generator)
-        )
+        self.register_buffer("projection", torch.randn(directions, config.hidden_size, generator=generator))
         self.register_buffer("price", torch.tensor(0.02, dtype=torch.float64))
         self.register_buffer("step", torch.tensor(0, dtype=torch.long))
         self.register_buffer("curve_price", torch.full((CURVE,), 0.02, dtype=torch.float64))
@@ -120,7 +119,7 @@ class LearnedPolicy(Policy):
         narrowest = 0 if view.layer < self.wide_from else len(self.widths) - 1
         width = torch.full_like(view.rows, narrowest)
         sets, choice = self._pick_sets(view, context, width)
-        return Decision(sets, choice, width + 1, context, torch.zeros_like(width, dtype=torch.bool))
+        return Decision(sets, choice, width + 1, context, torch.zeros_like(width, dtype=torch.bool), lasting=True)
 
     def would_spend(self, trace: Trace, price: float) -> Tensor:
         """float64 [B], the FLOPs fraction of each row at another price, from a trace in which every row ran on."""
@@ -250,6 +249,14 @@ class LearnedPolicy(Policy):
     def finish_step(self) -> None:
         """Moves the random draws on; called once after each training or probe step."""
         self.step.add_(1)
+
+    def check_sound(self) -> None:
+        """Raises `ValueError` if a statistic is not finite or a posterior not positive definite, and names it."""
+        for name, buffer in self.named_buffers():
+            if not bool(buffer.isfinite().all()):
+                raise ValueError(f"{name} of the policy is not finite")
+        for posterior in (self.numbers, self.units):
+            posterior.factor()
 
     @torch.no_grad()
     def restart(self) -> None:

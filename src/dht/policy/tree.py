@@ -63,7 +63,7 @@ class TreePolicy(LearnedPolicy):
             if view.mode == "survey":
                 arm = torch.full_like(arm, len(self.widths))
         sets, choice = self._pick_sets(view, context, arm - 1)
-        return Decision(sets, choice, arm, context, wants_stop)
+        return Decision(sets, choice, arm, context, wants_stop, lasting=view.mode == "exploit")
 
     def would_spend(self, trace: Trace, price: float) -> Tensor:
         context, rows = trace.context, len(trace.units)
