@@ -59,7 +59,7 @@ class Fitted:
         rows: the tokenised train and validation splits.
         steps: batches trained on.
         history: what the ledger noted over training; empty for dense training.
-        report: resumed, refused_updates, train_flops_fraction, train_seconds.
+        report: resumed, refused_updates, train_flops_fraction, train_seconds, train_cpu_seconds (of this process).
     """
 
     model: DHTForSequenceClassification
@@ -160,7 +160,7 @@ def fit(
     if start:
         say(f"resuming from {start}")
 
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     make = make or (dense_trainer if settings.dense else dynamic_trainer)
     trainer = make(settings, model, tokenizer, rows, checkpoints, bool(start))
     _run(trainer, checkpoints, start)
@@ -175,6 +175,7 @@ def fit(
         "refused_updates": refusals.count if refusals else 0,
         "train_flops_fraction": ledger.fraction if ledger else 1.0,
         "train_seconds": time.perf_counter() - started,
+        "train_cpu_seconds": time.process_time() - worked,
     }
     steps = trainer.state.global_step * settings.accumulate
     return Fitted(model, tokenizer, data, rows, steps, ledger.history if ledger else [], report)
