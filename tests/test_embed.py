@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,9 +110,22 @@ def test_a_text_is_embedded_alike_in_any_company(fitted):
         torch.testing.assert_close(fitted.encode([texts[index]])[0], together[index], atol=1e-5, rtol=1e-5)
 
 
+def test_no_texts_and_texts_that_are_none(fitted):
+    vectors, layers, fractions = fitted.encode_and_spend([])
+    assert (vectors.shape, layers.shape, fractions.shape) == ((0, 32), (0,), (0,))
+    torch.testing.assert_close(fitted.encode(["a \ud800"]), fitted.encode(["a \ufffd"]))
+    assert fitted.encode([("a", "b"), ""]).shape == (2, 32)
+    with pytest.raises(DataError, match="text 2: the text is 5, a int; allowed: a string"):
+        fitted.encode(["a", 5])
+    with pytest.raises(DataError, match="text 60: the text is None"):
+        fit_embedder(fitted.model, fitted.tokenizer, [*sentences(59), None])
+
+
 def test_saved_and_loaded(fitted, tmp_path):
     fitted.save(tmp_path)
-    again = Embedder.load(tmp_path, device="cpu", max_length=24)
+    again = Embedder.load(tmp_path, device="cpu")
+    assert again.max_length == 24, "a text is cut where it was cut before"
+    assert Embedder.load(tmp_path, device="cpu", max_length=9).max_length == 9
     texts = sentences(10, seed=4)
     assert torch.equal(again.encode(texts), fitted.encode(texts))
     (tmp_path / "data").mkdir()
@@ -189,6 +203,7 @@ def test_trained_from_texts_alone(encoder, tmp_path):  # noqa: F811
         max_length=24, device="cpu", task="embedding",
     )  # fmt: skip
     report = training.train(settings)
+    assert Embedder.load(tmp_path / "run").max_length == 24
     assert (report["task"], report["metric"]) == ("embedding", "cosine")
     assert report["cosine"] > 0.9
     assert report["full_depth_cosine"] > 0.9
@@ -198,6 +213,18 @@ def test_trained_from_texts_alone(encoder, tmp_path):  # noqa: F811
     assert again["cosine"] == pytest.approx(report["cosine"]), "what is right is what the original encoder says"
     result = CliRunner().invoke(app, ["evaluate", str(tmp_path / "run"), "--device", "cpu"])
     assert "neighbour agreement" in result.stderr
+
+
+def test_something_must_be_learned_from(encoder, tmp_path):  # noqa: F811
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "validation"):
+        (data / f"{split}.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n', encoding="utf-8")
+    settings = TrainSettings(data=str(data), model=str(encoder), out=tmp_path / "run", device="cpu", task="embedding")
+    with pytest.raises(DHTError, match="--dense: with --task embedding the full model is what is learned from"):
+        training.train(replace(settings, dense=True))
+    with pytest.raises(DHTError, match="--model: with --task embedding it is what is learned from, and preset:tiny kn"):
+        training.train(replace(settings, model="preset:tiny"), overwrite=True)
 
 
 def test_texts_need_no_label_column(tmp_path):
@@ -229,7 +256,7 @@ def test_what_cannot_be(source, tmp_path, encoder):  # noqa: F811
 def test_what_an_embedding_run_learned_from_must_be_known(fitted, tmp_path):
     assert teacher_of(tmp_path, fitted.model) is fitted.model
     (tmp_path / "run.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"run.json: does not name the model that was learned from \('model'\)"):
+    with pytest.raises(CheckpointError, match=r"run.json: does not say the run's model \('model'\)"):
         teacher_of(tmp_path, fitted.model)
 
 
@@ -251,7 +278,7 @@ def test_a_module_of_sentence_transformers(fitted, tmp_path):
     assert module(module.preprocess(texts[:2], prompt="the "))["flops_fraction"].shape == (2,)
     model.save(str(tmp_path), create_model_card=False)
     again = library.SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
-    again.max_seq_length = 24
+    assert again.max_seq_length == 24
     torch.testing.assert_close(again.encode(texts, batch_size=5, convert_to_tensor=True), got, atol=1e-6, rtol=1e-5)
     cut = library.SentenceTransformer(modules=[DHTModule(Embedder.load(tmp_path), budget=0.4)], device="cpu")
     assert not torch.equal(cut.encode(texts, convert_to_tensor=True), fitted.encode(texts))

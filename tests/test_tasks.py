@@ -217,7 +217,7 @@ def test_the_executor_equals_the_reference(problem):
     labels = labels_of(problem, len(LENGTHS), outputs, torch.Generator().manual_seed(1))
     plan = random_plan(len(LENGTHS))
     trace = execute(model.encoder, FixedPlan(plan), **inputs)
-    exit_loss(trace, labels, task=model.task).backward()
+    exit_loss(trace, labels, model.task).backward()
     fast = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     exits = reference(model.encoder, plan, **inputs)
@@ -340,13 +340,18 @@ def random_full(rows):
     ("settings", "message"),
     [
         ({"problem_type": "regression", "num_labels": 2}, "problem_type: 'regression' has one output, got 2"),
-        ({"num_labels": 1, "reward": "probability"}, "reward: got 'probability', a regression takes only 'correct'"),
+        (
+            {"num_labels": 1, "reward": "probability"},
+            "reward: got 'probability', but the task 'regression' takes only 'correct'",
+        ),
         ({"num_labels": 1, "label_std": 0.0}, "label_std: got 0.0, must be above 0"),
         ({"num_labels": 1, "label_mean": float("nan")}, "label_mean: got nan, allowed: a number"),
+        ({"head": "embedding", "problem_type": "regression"}, "problem_type: got 'regression', an embedding has none"),
+        ({"head": "embedding", "label_std": 2.0}, "label_mean, label_std: got 0, 2, only for a regression"),
         ({"label_std": 2.0}, "label_mean, label_std: got 0, 2, only for a regression"),
         (
             {"problem_type": "multi_label_classification", "class_weights": [1.0, 1.0]},
-            r"class_weights: got \[1.0, 1.0\], but problem_type 'multi_label_classification' takes none",
+            r"class_weights: got \[1.0, 1.0\], but the task 'multi_label_classification' takes none",
         ),
     ],
 )
@@ -365,9 +370,9 @@ def test_settings_that_cannot_be(encoder, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     ("problem", "labels", "message"),
     [
-        (None, torch.ones(7), r"got float32 \[7\], allowed: integers of shape \[7\] for problem_type 'single_label_cl"),
+        (None, torch.ones(7), r"got float32 \[7\], allowed: integers of shape \[7\] for task 'single_label_cl"),
         ("multi_label_classification", torch.ones(7), r"got float32 \[7\], allowed: floats, 1 where .* \[7, 3\]"),
-        ("regression", torch.ones(7, 1), r"got float32 \[7, 1\], allowed: floats of shape \[7\] for problem_type 'reg"),
+        ("regression", torch.ones(7, 1), r"got float32 \[7, 1\], allowed: floats of shape \[7\] for task 'reg"),
     ],
 )
 def test_labels_of_another_task(problem, labels, message):

@@ -52,7 +52,7 @@ def calibrate(
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         with torch.enable_grad():
             trace = _surveyed(model, inputs, heads, neurons)
-            exit_loss(trace, labels, task=model.task).backward()
+            exit_loss(trace, labels, model.task).backward()
         traces.append((trace, labels))
         spent += 1.0 + 2.0  # a forward for the heads; a forward and the activations' half of a backward for the gates
     for parameter in frozen:

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ._labels import TASKS
 from .errors import ConfigError, shown
 
-TASKS = ("auto", "single", "multi", "regression", "embedding")
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -91,7 +91,7 @@ class TrainSettings:
         need(lambda name: name in DTYPES, "dtype", ", ".join(DTYPES))
         need(lambda b: 0.0 < b <= 1.0, "warm_start", "a number in (0, 1]")
         need(lambda share: 0.0 <= share <= 1.0, "settle", "a number in [0, 1]")
-        need(lambda name: name in TASKS, "task", ", ".join(TASKS))
+        need(lambda name: name in ("auto", *TASKS), "task", ", ".join(("auto", *TASKS)))
         need(whole(0), "save_every", "0 or more")
         need(whole(0, 2**32 - 1), "seed", "0 to 2^32 - 1")
         if problems:

@@ -6,6 +6,7 @@ is right needs no labels: it is what the full model says.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,13 +23,13 @@ from .data import Split, Text, TextData
 from .errors import DataError, shown
 from .hf.convert import convert
 from .hf.modeling import DHTForSequenceClassification
-from .load import by_length, check_budget, load_run
+from .load import RUN_FILE, by_length, check_budget, load_run, told_of
 from .maps import fit_maps
 from .plan import Trace
 from .policy.base import Policy
 from .policy.baselines import DensePolicy
 from .policy.reward import quality
-from .predict import encode_mixed
+from .predict import cleaned, encode_mixed
 from .task import Embedding
 
 FEWEST_TEXTS = 50
@@ -52,6 +53,9 @@ class Embedder:
 
         Args:
             policy: None = the learned one.
+
+        Raises:
+            DataError: a text is not a string.
         """
         return self.encode_and_spend(texts, batch_size=batch_size, policy=policy)[0]
 
@@ -59,17 +63,18 @@ class Embedder:
         self, texts: Sequence[Text], *, batch_size: int = 32, policy: Policy | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `encode`; and of each text the layers run, int64 [n], and FLOPs as a fraction of dense, float64 [n]."""
-        rows = encode_mixed(self.tokenizer, texts, self.max_length)
+        rows = encode_mixed(self.tokenizer, cleaned(texts), self.max_length)
         batches, order = by_length(self.tokenizer, rows, batch_size)
         self.model.eval()
-        parts = []
+        width = self.model.config.hidden_size
+        parts = [(torch.zeros(0, width), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.float64))]
         for batch in batches:
             with torch.inference_mode():
                 inputs = {name: part.to(self.model.device) for name, part in batch.items()}
                 trace: Trace = self.model(**inputs, policy=policy).trace
-            parts.append((trace.logits.float(), trace.layers, trace.flops / trace.dense_flops))
-        back = torch.tensor(order).argsort()
-        vectors, layers, fractions = (torch.cat(column).cpu()[back] for column in zip(*parts, strict=True))
+            parts.append((trace.logits.float().cpu(), trace.layers.cpu(), (trace.flops / trace.dense_flops).cpu()))
+        back = torch.tensor(order, dtype=torch.long).argsort()
+        vectors, layers, fractions = (torch.cat(column)[back] for column in zip(*parts, strict=True))
         return vectors, layers, fractions
 
     def save(self, folder: str | Path) -> None:
@@ -78,13 +83,18 @@ class Embedder:
         Raises:
             DHTError: it cannot be written.
         """
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.model_max_length = self.max_length
         with explained(Path(folder)):
-            self.tokenizer.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
             self.model.save_pretrained(folder)
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: str = "auto", max_length: int = 128) -> Embedder:
+    def load(cls, folder: str | Path, *, device: str = "auto", max_length: int | None = None) -> Embedder:
         """The embedder in a folder: one that `save` wrote, or a run of `dht train --task embedding`.
+
+        Args:
+            max_length: tokens that a text is cut to; None = as it was saved or trained with.
 
         Raises:
             DHTError: nothing loadable there, or a model for another task.
@@ -92,7 +102,8 @@ class Embedder:
         model, tokenizer = load_run(folder, device)
         if not isinstance(model.task, Embedding):
             raise DataError(f"{folder}: a model for {model.task.name}, not for embeddings; train with --task embedding")
-        return cls(model, tokenizer, max_length)
+        trained_with = told_of(folder, "max_length") if (Path(folder) / RUN_FILE).is_file() else None
+        return cls(model, tokenizer, max_length or trained_with or tokenizer.model_max_length)
 
 
 def fit_embedder(
@@ -121,12 +132,14 @@ def fit_embedder(
         settings: further fields of `DHTConfig`.
 
     Raises:
-        DataError: too few texts. ConfigError: the budget. DHTError: a family that does not convert.
+        DataError: too few texts, or one that is not a string. ConfigError: the budget. DHTError: a family that does not
+            convert.
     """
     check_budget(budget)
     if isinstance(texts, str) or len(texts) < FEWEST_TEXTS:
         got = f"one string, {shown(texts)}" if isinstance(texts, str) else str(len(texts))
         raise DataError(f"texts: got {got}; fitting needs a list of {FEWEST_TEXTS} or more")
+    texts = cleaned(texts)
     heads = model.config.num_attention_heads
     dynamic = convert(model, 1, head="embedding", widths=[heads], budget=budget, policy_seed=seed, **settings)
     cast(nn.Module, dynamic).to(model.device).eval()

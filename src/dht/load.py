@@ -22,6 +22,9 @@ from .hf.convert import convert, load_source
 from .hf.modeling import DHTForSequenceClassification
 from .manifest import verify
 
+RUN_FILE = "run.json"
+"""In a run folder: the settings that the training was told."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     "preset:tiny": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512},
     "preset:small": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
@@ -219,6 +222,19 @@ def load_run(folder: str | Path, device: str = "auto") -> tuple[DHTForSequenceCl
     return model.to(device_of(device)).eval(), _tokenizer(str(folder))
 
 
+def told_of(folder: str | Path, name: str) -> Any:
+    """A setting that the run in `folder` was told.
+
+    Raises:
+        CheckpointError: its `run.json` cannot be read or does not say.
+    """
+    path = Path(folder) / RUN_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))[name]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: does not say the run's {name} ({error})") from error
+
+
 def data_of(folder: str | Path) -> str:
     """The data that the run in `folder` was trained on.
 
@@ -226,8 +242,8 @@ def data_of(folder: str | Path) -> str:
         CheckpointError: the run does not say.
     """
     try:
-        return str(json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))["data"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return str(told_of(folder, "data"))
+    except CheckpointError as error:
         raise CheckpointError(f"{folder}: no run.json that names the data; give --data") from error
 
 
@@ -237,14 +253,9 @@ def teacher_of(folder: str | Path, trained: DHTForSequenceClassification) -> DHT
     Raises:
         DHTError: that encoder cannot be loaded any more.
     """
-    path = Path(folder) / "run.json"
-    if not path.is_file():
+    if not (Path(folder) / RUN_FILE).is_file():
         return trained
-    try:
-        name = str(json.loads(path.read_text(encoding="utf-8"))["model"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: does not name the model that was learned from ({error})") from error
-    teacher = convert(load_source(model_folder(name), 1), 1, head="embedding")
+    teacher = convert(load_source(model_folder(str(told_of(folder, "model"))), 1), 1, head="embedding")
     cast(nn.Module, teacher).to(trained.device).eval()
     return teacher
 

@@ -45,7 +45,7 @@ def predict(
     task = model.task
     model.eval()
     for held in lines_in_batches(texts, batch_size):
-        held = [_clean(text, f"text {done + i}") for i, text in enumerate(held, start=1)]
+        held = cleaned(held, done + 1)
         batch = collate(tokenizer, encode_mixed(tokenizer, held, max_length))
         with torch.inference_mode():
             trace = model(**{key: value.to(model.device) for key, value in batch.items()}).trace
@@ -72,11 +72,22 @@ def predict(
             yield row
 
 
-def _clean(text: Text, where: str) -> Text:
-    if isinstance(text, tuple):
-        first, second = (without_surrogates(part, where) for part in text)
-        return first, second
-    return without_surrogates(text, where)
+def cleaned(texts: Iterable[Text], first: int = 1) -> list[Text]:
+    """Single texts and pairs that a tokenizer can take: lone surrogates become U+FFFD.
+
+    Args:
+        first: number of the first text, for the message.
+
+    Raises:
+        DataError: a text is not a string.
+    """
+    found: list[Text] = []
+    for i, text in enumerate(texts, start=first):
+        if isinstance(text, tuple) and len(text) == 2:
+            found.append((without_surrogates(text[0], f"text {i}"), without_surrogates(text[1], f"text {i}")))
+        else:
+            found.append(without_surrogates(text, f"text {i}"))
+    return found
 
 
 def encode_mixed(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int) -> list[dict[str, Any]]:

@@ -66,12 +66,16 @@ class _Depths:
     outcome: Outcome
     cumulative: Tensor  # [n, N] FLOPs up to each exit
 
-    def judged(self, depth: Tensor) -> tuple[float, float]:
-        """FLOPs fraction and mean quality (the accuracy) if row i leaves after `depth[i]` layers."""
-        index = (depth - 1)[:, None]
-        spent = self.cumulative.gather(1, index).sum() / self.outcome.dense_flops.sum()
-        logits = self.outcome.exit_logits[torch.arange(len(depth)), depth - 1]
-        return float(spent), float(self.outcome.task.quality(logits, self.outcome.labels).mean())
+    def spent(self, depth: Tensor) -> float:
+        """FLOPs fraction if row i leaves after `depth[i]` layers."""
+        return float(self.cumulative.gather(1, (depth - 1)[:, None]).sum() / self.outcome.dense_flops.sum())
+
+    def accuracy(self, depth: Tensor) -> float:
+        """How good the answers then are, by the task's own figure."""
+        task, logits = self.outcome.task, self.outcome.exit_logits[torch.arange(len(depth)), depth - 1]
+        found = task.metrics(self.outcome.labels, task.answers(logits))[task.metric]
+        assert found is not None, "a task has the figure that it names"
+        return found
 
 
 def _exit_rule(name: str, model: DHTForSequenceClassification, budget: float, calibration: Sequence[Batch]) -> Policy:
@@ -91,7 +95,7 @@ class MatchedExits:
 
     Attributes:
         policy: the rule. threshold: its confidence or patience.
-        accuracy: on the calibration rows.
+        accuracy: on the calibration rows; of other tasks than single labels, the figure that a report names first.
         affordable: False if even leaving at the first exit costs more than the budget.
     """
 
@@ -126,15 +130,15 @@ def match_exits(
     depths = _Depths(outcome, outcome.flops[:, None] * shares.cumsum(0))
     find = _confidence_depth if name == "confidence" else _patience_depth
     low, high = (0.0, 1.0) if name == "confidence" else (0.0, float(depth))
-    affordable = depths.judged(find(outcome, low))[0] <= budget
+    affordable = depths.spent(find(outcome, low)) <= budget
     for _ in range(30):
         middle = (low + high) / 2
-        if depths.judged(find(outcome, middle))[0] > budget:
+        if depths.spent(find(outcome, middle)) > budget:
             high = middle
         else:
             low = middle
     policy = (ConfidencePolicy if name == "confidence" else PatiencePolicy)(sets, low, model.task)
-    return MatchedExits(policy, low, depths.judged(find(outcome, low))[1], affordable)
+    return MatchedExits(policy, low, depths.accuracy(find(outcome, low)), affordable)
 
 
 def _first(stop: Tensor) -> Tensor:

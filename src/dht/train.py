@@ -31,7 +31,7 @@ from .errors import DHTError
 from .guarded import GuardedTrainer
 from .hf.convert import FAMILIES, export
 from .hf.modeling import DHTForSequenceClassification
-from .load import build, by_length, collate, device_of, tokenise
+from .load import PRESETS, build, by_length, collate, device_of, tokenise
 from .manifest import MANIFEST, MODEL_FILES, TOKENIZER_FILES, write_manifest
 from .measure import autocast, report_of, run_policy, split_labels, time_policy
 from .policy.baselines import DensePolicy
@@ -146,6 +146,10 @@ def fit(
     set_seed(settings.seed)
     assert data.train is not None
     options = {**(options or {}), **task_options(data)}
+    if data.task == Embedding.name and settings.dense:
+        raise DHTError("--dense: with --task embedding the full model is what is learned from; leave --dense out")
+    if data.task == Embedding.name and settings.model in PRESETS:
+        raise DHTError(f"--model: with --task embedding it is what is learned from, and {settings.model} knows nothing")
     if settings.class_weights == "balanced":
         if data.task != SingleLabel.name:
             raise DHTError(f"--class-weights: got 'balanced', but the task is {data.task}; it needs one class a row")

@@ -65,7 +65,7 @@ def _compare_gradients(
     parameters = dict(model.encoder.named_parameters())
     model.zero_grad(set_to_none=True)
     trace = _run(model, policy, inputs, training=True)
-    exit_loss(trace, labels, task=model.task).backward()
+    exit_loss(trace, labels, model.task).backward()
     fast = {key: _gradient(parameter) for key, parameter in parameters.items()}
     model.zero_grad(set_to_none=True)
     exits = reference(model.encoder, Plan(trace.units), **inputs)

@@ -10,6 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .._labels import EMBEDDING, REGRESSION, SINGLE
 from ..errors import ConfigError, shown
 
 FORMAT_VERSION = 1
@@ -224,16 +225,7 @@ class DHTConfig(PreTrainedConfig):
         right = weights is None or (len(weights) == classes and all(0 <= w < math.inf for w in weights))
         need(right, f"class_weights: got {weights}, must be {classes} finite numbers of at least 0, one a class")
         need(self.head_sets >= 1, f"head_sets: got {self.head_sets}, must be at least 1")
-        problem, outputs = self.problem_type, len(self.label_names)
-        need(outputs == 1 or problem != "regression", f"problem_type: 'regression' has one output, got {outputs}")
-        single = problem in (None, "single_label_classification") and outputs > 1
-        need(single or weights is None, f"class_weights: got {weights}, but problem_type {problem!r} takes none")
-        numeric = problem == "regression" or (problem is None and outputs == 1)
-        need(not numeric or self.reward == "correct", f"reward: got {self.reward!r}, a regression takes only 'correct'")
-        mean, std = self.label_mean, self.label_std
-        need(std > 0, f"label_std: got {std}, must be above 0")
-        standard = (mean, std) == (0, 1)
-        need(numeric or standard, f"label_mean, label_std: got {mean:g}, {std:g}, only for a regression")
+        problems += self._wrong_for_task()
         told = {problem.split(":")[0] for problem in problems}
         for name, (least, most) in {**_WHOLE, **_REAL}.items():
             got = getattr(self, name)
@@ -241,6 +233,33 @@ class DHTConfig(PreTrainedConfig):
                 need(least <= got <= most, f"{name}: got {got}, must be in {least:g}..{most:g}")
         if problems:
             raise ConfigError(problems)
+
+    def _wrong_for_task(self) -> list[str]:
+        """What does not go with the task: a setting that would be ignored is wrong too."""
+        problem, outputs, mean, std = self.problem_type, len(self.label_names), self.label_mean, self.label_std
+        if self.head == "embedding":
+            task = EMBEDDING
+        else:
+            task = problem or (REGRESSION if outputs == 1 else SINGLE)
+        numeric, plain = task == REGRESSION, task in (REGRESSION, EMBEDDING)
+        found = (
+            (task == EMBEDDING and problem is not None, f"problem_type: got {problem!r}, an embedding has none"),
+            (numeric and outputs != 1, f"problem_type: {task!r} has one output, got {outputs}"),
+            (
+                task != SINGLE and self.class_weights is not None,
+                f"class_weights: got {self.class_weights}, but the task {task!r} takes none",
+            ),
+            (
+                plain and self.reward != "correct",
+                f"reward: got {self.reward!r}, but the task {task!r} takes only 'correct'",
+            ),
+            (std <= 0, f"label_std: got {std}, must be above 0"),
+            (
+                not numeric and (mean, std) != (0, 1),
+                f"label_mean, label_std: got {mean:g}, {std:g}, only for a regression",
+            ),
+        )
+        return [what for wrong, what in found if wrong]
 
     def _wrong_types(self) -> list[str]:
         kinds: tuple[tuple[Iterable[str], Callable[[Any], bool], str], ...] = (

@@ -24,7 +24,7 @@ from ..plan import Mode, Trace
 from ..policy.base import Policy
 from ..policy.integrated import IntegratedPolicy
 from ..policy.tree import TreePolicy
-from ..task import SingleLabel, Task, task_of
+from ..task import SINGLE_LABEL, Task, task_of
 from .configuration import DHTConfig
 
 
@@ -158,7 +158,7 @@ class DHTForSequenceClassification(PreTrainedModel):
             every_exit=every_exit or (labels is not None and chosen.trains_exits),
             tap_gates=tap_gates,
         )
-        loss = None if labels is None else exit_loss(trace, labels, task=self.task)
+        loss = None if labels is None else exit_loss(trace, labels, self.task)
         output = DHTOutput(loss=loss, logits=trace.logits, trace=trace)
         return output if return_dict is not False else output.to_tuple()
 
@@ -177,21 +177,16 @@ def _policy_state(path: str | Path, where: dict[str, Any]) -> dict[str, Tensor]:
     return state
 
 
-def exit_loss(
-    trace: Trace, labels: Tensor, class_weights: list[float] | None = None, *, task: Task | None = None
-) -> Tensor:
+def exit_loss(trace: Trace, labels: Tensor, task: Task = SINGLE_LABEL) -> Tensor:
     """Mean over rows of the loss of each row's visited exits, deeper exits weighing more (layer number).
 
     Args:
         labels: [B, ...], as the task takes them.
-        class_weights: what a row of each class counts; None = 1. The mean is over rows, not over their weights.
-        task: says what the loss is; None = `SingleLabel` with `class_weights`.
+        task: says what the loss of an exit is. Where classes have weights, the mean is still over rows.
 
     Raises:
         ValueError: labels of a type or shape that the task does not take.
     """
-    if task is None:
-        task = SingleLabel(class_weights=None if class_weights is None else tuple(class_weights))
     task.check(labels, trace.logits)
     total = trace.exits[0].logits.new_zeros(labels.shape[0], dtype=torch.float32)
     weight = torch.zeros_like(total)

@@ -6,19 +6,18 @@ import torch
 from torch import Tensor
 
 from ..plan import Trace
-from ..task import SingleLabel, Task
+from ..task import SINGLE_LABEL, Task
 
 
-def quality(trace: Trace, labels: Tensor, task: Task | str = "correct") -> Tensor:
+def quality(trace: Trace, labels: Tensor, task: Task = SINGLE_LABEL) -> Tensor:
     """float64 [B, N], quality of each visited exit; 0 where a row did not pass.
 
     Args:
         labels: [B, ...], the truth as the task takes it.
-        task: judges; the name of a reward stands for `SingleLabel` with that reward.
+        task: says what an answer is worth.
     """
     logits, visited = trace.exit_table()
-    judge = SingleLabel(logits.shape[-1], reward=task) if isinstance(task, str) else task
-    return judge.quality(logits, labels[:, None]) * visited
+    return task.quality(logits, labels[:, None]) * visited
 
 
 def returns(trace: Trace, quality: Tensor) -> tuple[Tensor, Tensor]:

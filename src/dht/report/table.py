@@ -15,6 +15,15 @@ from rich.text import Text
 
 MISSING = "–"
 HISTOGRAM_WIDTH = 40  # characters of the longest bar
+BESIDE = {
+    "accuracy": ("macro_f1",),
+    "micro_f1": ("macro_f1", "subset_accuracy"),
+    "r2": ("mae", "rmse", "pearson", "spearman"),
+    "cosine": ("ranking", "neighbour_agreement"),
+}
+"""What a report names as its `metric` -> figures that are told beside it."""
+NO_SHARES = ("r2", "mae", "rmse", "pearson", "spearman", "cosine", "ranking")
+"""Figures that are not told as percentages."""
 
 
 def finite(value: Any) -> float | None:
@@ -85,7 +94,7 @@ def summary_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -
     for row in rows:
         table.add_row(
             Text(str(row.get("name") or row.get("policy") or MISSING)),
-            percent(row.get(metric)) if metric not in ("r2", "cosine") else decimal(row.get(metric), 3),
+            _figure(row, metric),
             percent(row.get("flops_fraction")),
             _seconds_of_dense(row, ""),
             percent(row.get("train_flops_fraction")),
@@ -158,18 +167,14 @@ def layers_bars(histogram: Iterable[int]) -> Text:
     return Text("\n".join(lines))
 
 
+def _figure(report: Mapping[str, Any], name: str) -> str:
+    return decimal(report.get(name), 3) if name in NO_SHARES else percent(report.get(name))
+
+
 def _settings_line(report: Mapping[str, Any]) -> str:
     parts = [f"samples {report.get('num_examples', MISSING)}"]
-    if report.get("metric") == "r2":
-        parts += [f"{name} {decimal(report.get(name), 3)}" for name in ("mae", "rmse", "pearson", "spearman")]
-    elif report.get("metric") == "cosine":
-        parts += [
-            f"{name.replace('_', ' ')} {decimal(report.get(name), 3)}" for name in ("ranking", "neighbour_agreement")
-        ]
-    else:
-        parts.append(f"macro F1 {percent(report.get('macro_f1'))}")
-    if report.get("metric") == "micro_f1":
-        parts.append(f"subset accuracy {percent(report.get('subset_accuracy'))}")
+    beside = BESIDE.get(str(report.get("metric")), BESIDE["accuracy"])
+    parts += [f"{name.replace('_', ' ').replace('f1', 'F1')} {_figure(report, name)}" for name in beside]
     parts.append(f"budget {percent(report.get('budget'))}")
     parts += [f"{key} {report[key]}" for key in ("policy", "search", "seed") if report.get(key) is not None]
     parts.append(f"policy time {percent(report.get('policy_time_fraction'))}")
