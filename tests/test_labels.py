@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from dht.data import load_data
+from dht.data import Split, cut_validation, load_data
 from dht.errors import DataError
 
 
@@ -31,6 +31,8 @@ def test_what_labels_are_taken_for(tmp_path):
     assert made.train.labels == [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
     made = load(tmp_path, rows([1, 0, 0], [0, 1, 1]), task="auto", label_names=["x", "y", "z"])
     assert made.train.labels == [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]]
+    made = load(tmp_path, rows([0, 1], [0, 1]), task="multi", label_names=["x", "y"])
+    assert made.train.labels == [[0.0, 1.0], [0.0, 1.0]], "a number for every class, not both classes"
     made = load(tmp_path, rows("a, b", "b"), task="multi")
     assert made.train.labels == [[1.0, 1.0], [0.0, 1.0]]
     made = load(tmp_path, rows(1, 2.5, "3"), task="auto")
@@ -82,6 +84,15 @@ def test_lists_of_declared_classes(tmp_path):
 def test_labels_that_cannot_be(tmp_path, task, labels, message):
     with pytest.raises(DataError, match=message):
         load(tmp_path, rows(*labels), task=task)
+
+
+def test_lists_of_another_length_and_tasks_that_are_none(tmp_path):
+    with pytest.raises(DataError, match="labels are lists of 3 zeros and ones, but there are 2 classes"):
+        load(tmp_path, rows([0, 1, 1], [1, 0, 0]), task="multi", label_names=["x", "y"])
+    with pytest.raises(DataError, match="task: got 'tags', allowed: auto, single, multi, regression, embedding"):
+        load(tmp_path, rows(1, 2), task="tags")
+    with pytest.raises(DataError, match=r"too few different train texts \(1 rows\) to take a validation split"):
+        cut_validation(Split(["a"], [1.5]), 0, "X")
 
 
 def test_unknown_classes_in_a_list(tmp_path):

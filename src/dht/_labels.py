@@ -95,14 +95,19 @@ def label_list(label: object, where: str) -> list[str | int | float]:
     return found
 
 
-def are_binary(lists: Sequence[Sequence[object]]) -> bool:
+def are_binary(lists: Sequence[Sequence[object]], classes: int | None = None) -> bool:
     """True if the lists hold a 0 or a 1 for every class, False if they hold classes.
 
-    Lists of classes 0 and 1 look alike, but they name no class twice, and in order: one that does not settles it.
+    Lists of classes 0 and 1 look alike, but they name no class twice, and in order: one that does not settles it, and
+    so does a number for every class.
+
+    Args:
+        classes: how many there are, if that is known.
     """
-    same = len({len(row) for row in lists}) == 1
-    binary = same and all(not isinstance(x, str) and x in (0, 1) for row in lists for x in row)
-    return binary and any(list(row) != sorted(set(row)) for row in lists)  # type: ignore[type-var]
+    lengths = {len(row) for row in lists}
+    if len(lengths) != 1 or not all(not isinstance(x, str) and x in (0, 1) for row in lists for x in row):
+        return False
+    return lengths == {classes} or any(list(row) != sorted(set(row)) for row in lists)  # type: ignore[type-var]
 
 
 def list_names(label: Sequence[object], binary: bool, where: str) -> tuple[str, ...]:

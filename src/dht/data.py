@@ -172,6 +172,8 @@ def load_data(
         DataError: anything that is missing or broken; the message names file and line.
     """
     assert set(splits) | set(optional) <= set(SPLITS), "unknown split"
+    if task not in ("auto", *TASKS, *TASKS.values()):
+        raise DataError(f"task: got {shown(task)}, allowed: {', '.join(('auto', *TASKS))}")
     choice = ColumnChoice(text_column, label_column, labelled=task != EMBEDDING)
     src = open_source(source, choice, stream_rows)
     make_validation = "validation" in splits and "validation" not in src.rows and "train" in src.rows
@@ -186,7 +188,7 @@ def load_data(
     problem = _first_task(src, read) if task == "auto" else TASKS.get(task, task)
     checked = {split: _check_rows(src, split, problem) for split in read}
     if problem == MULTI:
-        checked = _named_sets(src, checked)
+        checked = _named_sets(src, checked, label_names)
     notes = [note for note in (src.choice.note, *src.notes) if note]
     names, indices = _classes(src, checked, label_names, notes)
     if task == "auto":
@@ -278,9 +280,10 @@ def cut_validation(train: Split, seed: int, name: str, fraction: float = VALIDAT
         if size < len(rows):
             taken.update(rows[:size])
     if not taken:
+        kinds = f", {len(set(train.labels))} classes" if single else ""
         raise DataError(
-            f"{name}: too few different train texts ({len(train)} rows, {len(set(map(str, train.labels)))} classes) to "
-            "take a validation split from; add a validation file or more train rows"
+            f"{name}: too few different train texts ({len(train)} rows{kinds}) to take a validation split from; add a "
+            "validation file or more train rows"
         )
     return (
         train.rows(row for row in range(len(train)) if row not in taken),
@@ -307,10 +310,10 @@ def _first_task(src: Source, read: Sequence[str]) -> str:
     return inferred_task([row.label for row in rows])
 
 
-def _named_sets(src: Source, checked: dict[str, _Checked]) -> dict[str, _Checked]:
+def _named_sets(src: Source, checked: dict[str, _Checked], label_names: list[str] | None) -> dict[str, _Checked]:
     """The splits with sets of names in place of raw lists; all splits together show what the lists hold."""
     lists = [row for rows in checked.values() for row in rows.names]
-    binary = are_binary(lists)
+    binary = are_binary(lists, len(label_names) if label_names else None)
     done = {}
     for split, rows in checked.items():
         where = (f"{src.where[split]} {line}" for line in rows.lines)
@@ -363,6 +366,8 @@ def _classes(
         names = sorted(distinct, key=int) if width or decisive.integers else sorted(distinct)
         if "train" not in checked:
             notes.append(f"no train split: the classes are those of {next(iter(checked))}: {', '.join(names)}")
+    if width and width != len(names):
+        raise DataError(f"{src.name}: labels are lists of {width} zeros and ones, but there are {len(names)} classes")
     indices = {name: index for index, name in enumerate(names)}
     if (
         (label_names or width)

@@ -140,8 +140,8 @@ class DHTForSequenceClassification(PreTrainedModel):
             input_ids: int64 [B, T].
             attention_mask: [B, T], 1 at real tokens.
             token_type_ids: int64 [B, T].
-            labels: int64 [B], float [B, C] (multi-label) or float [B] (regression); adds the loss over all visited
-                exits.
+            labels: int64 [B], float [B, C] (several labels), float [B] (regression) or float [B, D] (the full model's
+                embeddings); adds the loss over all visited exits.
             policy: what decides; None = `active_policy`, else the learned policy.
             mode: exploit (default), explore or probe.
             every_exit: compute every exit passed, even if the policy does not read them.
