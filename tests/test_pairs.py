@@ -21,6 +21,7 @@ from dht.hf.configuration import DHTConfig
 from dht.hf.modeling import exit_loss
 from dht.load import collate, encode, load_run, tokenise
 from dht.predict import encode_mixed, predict
+from dht.task import SingleLabel
 from test_train import encoder  # noqa: F401
 
 
@@ -64,8 +65,9 @@ def test_class_weights_weigh_rows_of_the_loss():
         total[exit_.rows] += exit_.layer * F.cross_entropy(exit_.logits, rows["labels"][exit_.rows], reduction="none")
         weight[exit_.rows] += exit_.layer
     by_class = torch.tensor([0.5, 3.0, 0.0])
+    weighted = SingleLabel(3, class_weights=tuple(by_class.tolist()))
     expected = (total / weight * by_class[rows["labels"]]).mean()
-    torch.testing.assert_close(exit_loss(trace, rows["labels"], by_class.tolist()), expected)
+    torch.testing.assert_close(exit_loss(trace, rows["labels"], weighted), expected)
     torch.testing.assert_close(exit_loss(trace, rows["labels"]), (total / weight).mean())
     model.config.class_weights = [1.0, 1.0, 0.0]
     assert model(**rows).loss.item() < exit_loss(trace, rows["labels"]).item()

@@ -81,7 +81,7 @@ def demo(
     from .demo import demo as run
     from .report.table import summary_table
 
-    settings = TrainSettings(data=data, model=model, out=out, budget=budget, epochs=epochs, seed=seed)
+    settings = TrainSettings(data=data, model=model, out=out, budget=budget, epochs=epochs, seed=seed, task="single")
     rows = run(settings, overwrite=overwrite, say=_say)
     Console().print(summary_table(rows, title=f"{data} test split, {model}, budget {budget:g}"))
     _say(f"page: {out / 'page.html'}; model: {out / 'dht'}; try: echo 'what a film' | dht predict {out / 'dht'}")
@@ -115,6 +115,10 @@ def train(
     class_weights: Annotated[
         str, typer.Option(help="none, or balanced: every class counts alike in the loss, however rare it is.")
     ] = "none",
+    task: Annotated[
+        str,
+        typer.Option(help="single, multi (labels are lists), regression, auto (as labels look, said), or embedding."),
+    ] = "auto",
     dense: Annotated[bool, typer.Option("--dense", help="Train the plain full model instead: the reference.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint in --out.")] = False,
     overwrite: Overwrite = False,
@@ -129,7 +133,7 @@ def train(
         data=data, model=model, out=out, budget=budget, search=search, ffn=ffn, epochs=epochs, seed=seed,
         batch_size=batch_size, lr=lr, max_length=max_length, device=device, dtype=dtype, accumulate=accumulate,
         warm_start=warm_start, settle=settle, save_every=save_every, text_column=text_column,
-        label_column=label_column, class_weights=class_weights, dense=dense,
+        label_column=label_column, class_weights=class_weights, task=task, dense=dense,
     )  # fmt: skip
     settings.check()
     from .checkpoints import complete_checkpoints

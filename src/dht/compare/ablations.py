@@ -49,7 +49,7 @@ class HiddenTree(_NoPriorTree):
     """Every decision sees the mean hidden state reached, and nothing of the exits."""
 
     def _features(self, view: View) -> Tensor:
-        return features(replace(view, layer=0, logits=None, previous=None), self.projection)
+        return features(replace(view, layer=0, logits=None, previous=None), self.projection, self.task)
 
 
 class ShuffledTree(TreePolicy):

@@ -125,7 +125,7 @@ class CompareSettings:
         """The settings of one training."""
         shared = {f.name for f in fields(TrainSettings)} & {f.name for f in fields(self)}
         kept = {name: getattr(self, name) for name in shared}
-        return TrainSettings(**kept | {"budget": budget, "seed": seed, "out": out} | changes)
+        return TrainSettings(**kept | {"budget": budget, "seed": seed, "out": out, "task": "single"} | changes)
 
     def fixed(self) -> dict[str, Any]:
         """What every cell in a folder must have been run with, as plain JSON values."""
