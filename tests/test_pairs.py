@@ -104,3 +104,22 @@ def test_a_pair_classifier_from_csv_to_answers(encoder, tmp_path):  # noqa: F811
     assert told[0]["score"] != told[1]["score"], "the second text counts"
     dense = replace(settings, out=tmp_path / "dense", dense=True, epochs=0.3)
     assert training.train(dense)["policy"] == "dense"
+
+
+def test_earlier_exits_learn_from_the_last_one():
+    model, rows = dynamic_model(), batch()
+    labels = rows["labels"]
+    trace = model(**rows).trace
+    answers, depth = trace.logits.detach().softmax(-1), trace.layers
+    total, weight = torch.zeros(7), torch.zeros(7)
+    for exit_ in trace.exits:
+        for row, logits in zip(exit_.rows.tolist(), exit_.logits, strict=True):
+            hard = -logits.log_softmax(-1)[labels[row]]
+            soft = -(answers[row] * logits.log_softmax(-1)).sum()
+            total[row] += exit_.layer * (hard if exit_.layer == depth[row] else 0.75 * hard + 0.25 * soft)
+            weight[row] += exit_.layer
+    loss = exit_loss(trace, labels, SingleLabel(3), 0.25)
+    torch.testing.assert_close(loss, (total / weight).mean())
+    assert loss.item() != exit_loss(trace, labels).item()
+    model.config.distillation = 0.25
+    torch.testing.assert_close(model(**rows).loss, exit_loss(model(**rows).trace, labels, SingleLabel(3), 0.25))

@@ -406,7 +406,7 @@ def compare(
     ablations: Annotated[str, typer.Option(help="none, all, or names after commas: our method, one switch each.")] = (
         "none"
     ),
-    jobs: Annotated[int, typer.Option(help="Processes side by side; above 1 all seconds are contended ones.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Processes side by side; seconds are measured last, one by one.")] = 1,
     epochs: Annotated[float, typer.Option(help="Passes over the training split.")] = 3.0,
     batch_size: BatchSize = 32,
     lr: Annotated[float, typer.Option(help="Peak learning rate, the same for every method.")] = 1e-4,

@@ -103,11 +103,38 @@ def split_labels(batch: Batch, device: torch.device) -> tuple[Tensor, Batch]:
 
 @dataclass
 class Timing:
-    """Seconds of each contender over the same batches; each batch's figure is the median of its repeats."""
+    """Seconds of each contender over the same batches; each batch's figure is the median of its repeats.
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    Attributes:
+        batches: those figures. policy_seconds: of all batches together. examples: rows in them.
+    """
+
+    batches: dict[str, list[float]] = field(default_factory=dict)
     policy_seconds: float = 0.0
     examples: int = 0
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of all batches together."""
+        return {name: sum(taken) for name, taken in self.batches.items()}
+
+    @property
+    def dense_seconds(self) -> float:
+        """Of the fastest dense contender."""
+        return min(seconds for name, seconds in self.seconds.items() if name != "dht")
+
+    def fields(self) -> dict[str, Any]:
+        """The report's fields on seconds."""
+        seconds = self.seconds
+        return {
+            "time_fraction": seconds["dht"] / self.dense_seconds,
+            "seconds": seconds["dht"],
+            "dense_seconds": self.dense_seconds,
+            "own_dense_seconds": seconds["dense"],
+            "transformers_seconds": seconds.get("transformers"),
+            "policy_time_fraction": self.policy_seconds / seconds["dht"],
+            "timed_examples": self.examples,
+        }
 
 
 def time_policy(
@@ -136,7 +163,7 @@ def time_policy(
         plain = export(model).eval()
         plain.to(model.device)
         contenders["transformers"] = lambda inputs: plain(**inputs)
-    timing = Timing(dict.fromkeys(contenders, 0.0), examples=sum(len(batch["labels"]) for batch in timed))
+    timing = Timing({name: [] for name in contenders}, examples=sum(len(batch["labels"]) for batch in timed))
     model.eval()
     with torch.inference_mode(), autocast(model.device, dtype):
         for index, batch in enumerate(timed):
@@ -153,7 +180,7 @@ def time_policy(
                     if name == "dht":
                         deciding.append(output.trace.policy_seconds)
             for name in contenders:
-                timing.seconds[name] += statistics.median(taken[name][-repeats:])
+                timing.batches[name].append(statistics.median(taken[name][-repeats:]))
             timing.policy_seconds += statistics.median(deciding[-repeats:])
     return timing
 
@@ -188,15 +215,4 @@ def report_of(outcome: Outcome, timing: Timing | None, **settings: Any) -> dict[
         "arm_entropy": float(-(share * share.log()).sum()),
         "flops_fraction_p95": float((outcome.flops / outcome.dense_flops).quantile(0.95)),
     }
-    if timing is not None:
-        dense = min(seconds for name, seconds in timing.seconds.items() if name != "dht")
-        report |= {
-            "time_fraction": timing.seconds["dht"] / dense,
-            "seconds": timing.seconds["dht"],
-            "dense_seconds": dense,
-            "own_dense_seconds": timing.seconds["dense"],
-            "transformers_seconds": timing.seconds.get("transformers"),
-            "policy_time_fraction": timing.policy_seconds / timing.seconds["dht"],
-            "timed_examples": timing.examples,
-        }
-    return report
+    return report if timing is None else report | timing.fields()

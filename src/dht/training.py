@@ -138,7 +138,7 @@ class DHTTrainer(GuardedTrainer):
         labels = inputs.pop("labels")
         training = model.training
         output = model(**inputs, every_exit=training, mode=self._mode() if training else "exploit", tap_gates=training)
-        loss = exit_loss(output.trace, labels, self.dynamic.task)
+        loss = exit_loss(output.trace, labels, self.dynamic.task, self.dynamic.config.distillation)
         if training:
             self._traces.append((output.trace, labels))
         return (loss, output) if return_outputs else loss

@@ -152,7 +152,7 @@ def training(
                 if policy.trains_exits:
                     mode = "explore" if learns else "exploit"
                     trace = ours(**inputs, policy=policy, mode=mode, every_exit=True, tap_gates=learns).trace
-                    loss = exit_loss(trace, labels, ours.task)
+                    loss = exit_loss(trace, labels, ours.task, ours.config.distillation)
                 else:
                     output = ours(**inputs, policy=policy, labels=labels)
                     trace, loss = output.trace, output.loss

@@ -49,7 +49,7 @@ class CompareSettings:
         out: folder of the comparison; finished cells found there are kept.
         methods: names from `METHODS`. ablations: names from `ABLATIONS`.
         budgets: fractions of dense FLOPs, each in (0, 1]. seeds: one training each.
-        jobs: processes that run side by side. More than one makes every measured second a contended one.
+        jobs: processes that run side by side. Inference seconds are measured afterwards, one cell at a time.
         keep_models: keep the weights of models that no cell needs any more.
         timed_batches: batches of the test split that are timed, spread evenly over it. repeats: runs of each.
         candidates: static shapes a budget that are trained, of which validation picks one.

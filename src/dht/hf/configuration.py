@@ -29,6 +29,7 @@ _REAL = {
     "hidden_dropout_prob": (0.0, 1.0), "attention_probs_dropout_prob": (0.0, 1.0), "layer_norm_eps": (0.0, 1.0),
     "initializer_range": (0.0, 1e6), "ridge": (0.0, 1e300), "forgetting": (0.0, 1.0), "alpha": (0.0, 1e300),
     "sigma": (0.0, 1e300), "unit_weight": (0.0, 1e300), "exploration": (0.0, 1.0), "budget": (0.0, 1.0),
+    "distillation": (0.0, 1.0),
     "label_mean": (-1e300, 1e300), "label_std": (0.0, 1e300),
 }  # fmt: skip
 """Real numbers, likewise; a few must be above the lower end, which `check` looks at."""
@@ -74,6 +75,7 @@ class DHTConfig(PreTrainedConfig):
         exploration: share of training steps that run every layer and every unit: no layer starves, every unit is paid.
         head_sets: G, distinct head sets per layer and width that a batch may use.
         reward: "correct" or "probability", the quality of an exit.
+        distillation: share of the loss of a row's earlier exits in which its last exit's answer is the label.
         class_weights: what a row of each class counts in the loss; None = 1.
         problem_type: "single_label_classification" (None means it too), "multi_label_classification" or "regression"
             (None with one output); the task (`dht.task`).
@@ -132,6 +134,7 @@ class DHTConfig(PreTrainedConfig):
     head: str = "classifier"
     label_mean: float | int = 0.0
     label_std: float | int = 1.0
+    distillation: float | int = 0.0
     class_weights: list[float] | None = None
     budget: float = 1.0
     policy_seed: int = 0

@@ -178,7 +178,7 @@ class DHTForSequenceClassification(PreTrainedModel):
             every_exit=every_exit or (labels is not None and chosen.trains_exits),
             tap_gates=tap_gates,
         )
-        loss = None if labels is None else exit_loss(trace, labels, self.task)
+        loss = None if labels is None else exit_loss(trace, labels, self.task, self.config.distillation)
         output = DHTOutput(loss=loss, logits=trace.logits, trace=trace)
         return output if return_dict is not False else output.to_tuple()
 
@@ -197,12 +197,13 @@ def _policy_state(path: str | Path, where: dict[str, Any]) -> dict[str, Tensor]:
     return state
 
 
-def exit_loss(trace: Trace, labels: Tensor, task: Task = SINGLE_LABEL) -> Tensor:
+def exit_loss(trace: Trace, labels: Tensor, task: Task = SINGLE_LABEL, distillation: float = 0.0) -> Tensor:
     """Mean over rows of the loss of each row's visited exits, deeper exits weighing more (layer number).
 
     Args:
         labels: [B, ...], as the task takes them.
         task: says what the loss of an exit is. Where classes have weights, the mean is still over rows.
+        distillation: share of the loss of a row's earlier exits in which its last exit's answer is the label.
 
     Raises:
         ValueError: labels of a type or shape that the task does not take.
@@ -210,8 +211,12 @@ def exit_loss(trace: Trace, labels: Tensor, task: Task = SINGLE_LABEL) -> Tensor
     task.check(labels, trace.logits)
     total = trace.exits[0].logits.new_zeros(labels.shape[0], dtype=torch.float32)
     weight = torch.zeros_like(total)
+    answers = task.as_labels(trace.logits.detach()) if distillation else labels
     for exit_ in trace.exits:
         loss = task.losses(exit_.logits, labels[exit_.rows])
+        if distillation:  # the last exit imitates nobody
+            imitates = distillation * (trace.layers[exit_.rows] > exit_.layer)
+            loss = loss.lerp(task.losses(exit_.logits, answers[exit_.rows]), imitates.to(loss.dtype))
         total = total.index_add(0, exit_.rows, exit_.layer * loss)
         weight = weight.index_add(0, exit_.rows, torch.full_like(loss, exit_.layer).detach())
     return (total / weight).mean()

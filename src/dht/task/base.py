@@ -45,6 +45,10 @@ class Task:
         """What training lowers, float32 [R], of logits [R, C]."""
         raise NotImplementedError
 
+    def as_labels(self, logits: Tensor) -> Tensor:
+        """Answers [R, C] as soft labels that `losses` takes, [R, ...]."""
+        raise NotImplementedError
+
     def quality(self, logits: Tensor, labels: Tensor) -> Tensor:
         """What an exit is paid, float64 [...] in [0, 1], of logits [..., C]."""
         raise NotImplementedError

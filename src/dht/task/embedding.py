@@ -41,6 +41,9 @@ class Embedding(Task):
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         return 1 - F.cosine_similarity(logits.float(), labels.float(), dim=-1)
 
+    def as_labels(self, logits: Tensor) -> Tensor:
+        return logits
+
     def quality(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cosine_similarity(logits.double(), labels.double(), dim=-1).clamp(0, 1)
 

@@ -39,6 +39,9 @@ class MultiLabel(Task):
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none").mean(-1)
 
+    def as_labels(self, logits: Tensor) -> Tensor:
+        return logits.float().sigmoid()
+
     def quality(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.reward == "correct":
             return ((logits > 0) == labels.bool()).to(torch.float64).mean(-1)

@@ -45,6 +45,9 @@ class Regression(Task):
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         return ((logits[:, 0].float() - labels.float()) / self.std).square()
 
+    def as_labels(self, logits: Tensor) -> Tensor:
+        return logits[:, 0]
+
     def quality(self, logits: Tensor, labels: Tensor) -> Tensor:
         """1 less the squared error in variances of the labels, at least 0."""
         gap = (logits[..., 0].double() - labels.double()) / self.std

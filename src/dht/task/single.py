@@ -46,6 +46,9 @@ class SingleLabel(Task):
         weights = None if self.class_weights is None else torch.tensor(self.class_weights, device=logits.device)
         return F.cross_entropy(logits.float(), labels, weights, reduction="none")
 
+    def as_labels(self, logits: Tensor) -> Tensor:
+        return logits.float().softmax(-1)
+
     def quality(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.reward == "correct":
             return (logits.argmax(-1) == labels).to(torch.float64)
