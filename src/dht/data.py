@@ -143,6 +143,7 @@ def load_data(
     label_names: list[str] | None = None,
     stream_rows: int = STREAM_ROWS,
     task: str = "single",
+    limit: Sequence[int] | None = None,
 ) -> TextData:
     """The splits asked for, checked, with labels as class indices.
 
@@ -164,6 +165,8 @@ def load_data(
         task: what labels are: "single" (one class), "multi" (a list of classes, or of 0 and 1), "regression" (a
             number), "embedding" (none needed) or "auto" (inferred from the first split that is read, which `notes`
             says); a `problem_type` works too.
+        limit: rows kept of train, validation and test at most; which ones, a hash of their texts decides, so it is the
+            same draw everywhere, and `notes` tells it.
 
     Returns:
         The data; splits neither needed nor optional are None.
@@ -202,6 +205,11 @@ def load_data(
     if "train" in result and problem == SINGLE:
         _note_rare_classes(result["train"], names, notes)
     _note_shared_texts(result, notes)
+    if limit is not None:
+        for split, rows in zip(SPLITS, limit, strict=True):
+            if split in result and len(result[split]) > rows:
+                notes.append(f"{split}: {rows} of {len(result[split])} rows, drawn by a hash of their texts")
+                result[split] = drawn(result[split], rows)
     return TextData(src.name, result.get("train"), result.get("validation"), result.get("test"), names, notes, problem)
 
 
@@ -257,6 +265,12 @@ def stratified_order(texts: Sequence[str], labels: Sequence[int], seed: int) -> 
     for row in sorted(range(len(texts)), key=lambda row: (keys[row], row)):
         classes[labels[row]].append(row)
     return classes
+
+
+def drawn(split: Split, rows: int) -> Split:
+    """At most `rows` of a split, in its order; the same ones on every machine and with every seed."""
+    order = stratified_order(split.keys, [0] * len(split), 0)
+    return split.rows(sorted(order[0][:rows])) if order else split
 
 
 def cut_validation(train: Split, seed: int, name: str, fraction: float = VALIDATION_FRACTION) -> tuple[Split, Split]:

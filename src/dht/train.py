@@ -153,7 +153,7 @@ def fit(
     wait()
     data = data or load_data(
         settings.data, text_column=settings.text_column, label_column=settings.label_column, seed=settings.seed,
-        splits=("train", "validation"), optional=("test",), task=settings.task,
+        splits=("train", "validation"), optional=("test",), task=settings.task, limit=settings.limit,
     )  # fmt: skip
     for note in data.notes:
         say(note)

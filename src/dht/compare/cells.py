@@ -73,7 +73,7 @@ class Bench:
             s = self.settings
             self._data = seed, load_data(
                 s.data, text_column=s.text_column, label_column=s.label_column, seed=seed,
-                splits=("train", "validation"), optional=("test",),
+                splits=("train", "validation"), optional=("test",), limit=s.limit,
             )  # fmt: skip
             self._batches.clear()
         return self._data[1]

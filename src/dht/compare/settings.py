@@ -53,8 +53,8 @@ class CompareSettings:
         keep_models: keep the weights of models that no cell needs any more.
         timed_batches: batches of the test split that are timed, spread evenly over it. repeats: runs of each.
         candidates: static shapes a budget that are trained, of which validation picks one.
-        search, ffn, epochs, batch_size, lr, max_length, device, dtype, text_column, label_column: as for `dht train`,
-            the same for every method.
+        search, ffn, epochs, batch_size, lr, max_length, device, dtype, text_column, label_column, limit: as for
+            `dht train`, the same for every method.
     """
 
     data: str
@@ -79,6 +79,7 @@ class CompareSettings:
     dtype: str = "float32"
     text_column: str | None = None
     label_column: str | None = None
+    limit: tuple[int, ...] | None = None
 
     def check(self) -> None:
         """Raises `ConfigError` with every problem."""
