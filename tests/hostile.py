@@ -35,6 +35,7 @@ ANY_JSON = st.recursive(
     max_leaves=6,
 )
 LABELS = st.sampled_from([0, 1, "a", "b", "0", "1", -1, True, None, 1.5, "", "\ud800"]) | ANY_JSON
+OTHER_TASKS = ("multi", "regression", "embedding", "auto")
 
 
 def _encoded(text: str) -> bytes:
@@ -83,19 +84,21 @@ CONFIG = st.dictionaries(st.sampled_from(OWN_FIELDS), NUMBERS | ANY_JSON, min_si
 
 
 def check_file(folder: Path, file: tuple[str, bytes]) -> bool:
-    """True if the file was read, False if it was refused."""
+    """True if the file was read as single labels, False if it was refused; no task reads it with any other error."""
     name, content = file
     for old in folder.iterdir():
         old.unlink()
     (folder / name).write_bytes(content)
-    try:
-        data = load_data(folder, splits=["train"])
-    except DataError:
-        return False
-    assert data.train is not None
-    for text in data.train.texts:
-        text.encode()  # a tokenizer could take it
-    return True
+    read = {}
+    for task in ("single", *OTHER_TASKS):
+        try:
+            read[task] = load_data(folder, splits=["train"], task=task).train
+        except DataError:
+            continue
+        assert read[task] is not None
+        for text in read[task].texts:
+            text.encode()  # a tokenizer could take it
+    return "single" in read
 
 
 def check_settings(changes: dict[str, Any]) -> bool:

@@ -224,6 +224,22 @@ def test_made_validation_depends_on_the_seed_alone(folder: Callable[..., Path]) 
     assert [1 - label for label in alone.validation.labels] == first.validation.labels
 
 
+def test_a_limit_is_the_same_draw_for_every_seed(folder: Callable[..., Path]) -> None:
+    path = folder(train_jsonl=jsonl(many()))
+    data, again = load_data(path, limit=(20, 1000, 1000)), load_data(path, limit=(20, 1000, 1000), seed=1)
+    assert data.train is not None
+    assert again.train == data.train
+    assert len(data.train) == len(set(data.train.texts)) == 20
+    whole = [text for text, _ in many()]
+    assert [text for text in whole if text in data.train.texts] == data.train.texts, "in the file's order"
+    assert "train: 20 of 100 rows, drawn by a hash of their texts" in data.notes
+    more = load_data(path, limit=(30, 1, 1))
+    assert more.train is not None
+    assert more.validation is not None
+    assert set(data.train.texts) < set(more.train.texts)
+    assert len(more.validation) == 1
+
+
 def test_made_validation_shares_no_text_with_train(folder: Callable[..., Path]) -> None:
     path = folder(train_jsonl=jsonl([(f"text {i % 7}", 0) for i in range(70)] + [("same", 1)] * 9), validation=None)
     data = load_data(path, splits=["train", "validation"])

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from builders import batch, dynamic_model, plain_model, random_plan
 from dht.cli import app
 from dht.errors import CheckpointError, ConfigError, DHTError
-from dht.export import chain, static
+from dht.export import chain, dense, static
 from dht.export.graphs import LayerGraph, Padded, PlanGraph
 from dht.export.onnx_file import write_onnx
 from dht.export.run import export, told
@@ -36,6 +36,11 @@ from test_train import encoder, finished, sentences, settings  # noqa: F401
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+OTHER_TASKS = {
+    "multi": {"problem_type": "multi_label_classification"},
+    "regression": {"num_labels": 1, "label_mean": 40.0, "label_std": 5.0},
+    "embedding": {"num_labels": 1, "head": "embedding"},
+}
 TEXTS = ["what a lovely film", "dreadful", "so so, " * 30, "the plot is thin but the songs are great", "no"]
 
 
@@ -308,6 +313,36 @@ def test_serving_a_chain_needs_no_torch(exported):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() in ("negative", "positive"), done.stderr
+
+
+# Other tasks
+
+
+@pytest.mark.parametrize("task", ["multi", "regression", "embedding"])
+def test_plans_of_other_tasks_are_the_executors_and_go_back_to_transformers(task, minilm_path, tmp_path):
+    model = convert(plain_model("bert"), **OTHER_TASKS[task]).eval()
+    if task == "embedding":
+        with torch.no_grad():
+            for head in model.encoder.exits[:-1]:
+                head.dense.weight.add_(torch.randn(60, 60) * 0.1)
+    rows = batch()
+    del rows["labels"]
+    units = torch.tensor([[True] * 5, [True, False, True, False, False], [False] * 5])
+    with torch.no_grad():
+        got = PlanGraph(model.encoder, units)(**rows)
+        expected = model(**rows, policy=alike(units, len(got))).logits
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    report = dense.export_dense(model, AutoTokenizer.from_pretrained(minilm_path), True, tmp_path / "dense")
+    assert report["max_difference"] < 1e-4
+    assert "head" not in report if task == "embedding" else "head" in report
+    assert "classifier" not in told(report | {"out": "x", "format": "transformers", "megabytes": 1}) or "head" in report
+
+
+@pytest.mark.parametrize("task", ["multi", "regression", "embedding"])
+def test_a_chain_reads_single_labels(task, minilm_path, tmp_path):
+    model = convert(plain_model("bert"), **OTHER_TASKS[task])
+    with pytest.raises(DHTError, match=f"the model is for {model.task.name}, and the chain reads exits of single labe"):
+        chain.export_chain(model, AutoTokenizer.from_pretrained(minilm_path), True, 32, tmp_path / "c")
 
 
 # Bad calls

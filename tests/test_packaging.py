@@ -18,7 +18,9 @@ from dht._extras import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-NEEDS_EXTRA = {"dht.sklearn": "sklearn", "dht.onnx": "onnx", "dht.export.chain": "onnx"}
+NEEDS_EXTRA = {
+    "dht.sklearn": "sklearn", "dht.onnx": "onnx", "dht.export.chain": "onnx", "dht.sentence": "sentence",
+}  # fmt: skip
 """Modules that are no use without an extra; all others import with the core dependencies alone."""
 
 

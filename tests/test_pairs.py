@@ -21,6 +21,7 @@ from dht.hf.configuration import DHTConfig
 from dht.hf.modeling import exit_loss
 from dht.load import collate, encode, load_run, tokenise
 from dht.predict import encode_mixed, predict
+from dht.task import SingleLabel
 from test_train import encoder  # noqa: F401
 
 
@@ -64,8 +65,9 @@ def test_class_weights_weigh_rows_of_the_loss():
         total[exit_.rows] += exit_.layer * F.cross_entropy(exit_.logits, rows["labels"][exit_.rows], reduction="none")
         weight[exit_.rows] += exit_.layer
     by_class = torch.tensor([0.5, 3.0, 0.0])
+    weighted = SingleLabel(3, class_weights=tuple(by_class.tolist()))
     expected = (total / weight * by_class[rows["labels"]]).mean()
-    torch.testing.assert_close(exit_loss(trace, rows["labels"], by_class.tolist()), expected)
+    torch.testing.assert_close(exit_loss(trace, rows["labels"], weighted), expected)
     torch.testing.assert_close(exit_loss(trace, rows["labels"]), (total / weight).mean())
     model.config.class_weights = [1.0, 1.0, 0.0]
     assert model(**rows).loss.item() < exit_loss(trace, rows["labels"]).item()
@@ -102,3 +104,22 @@ def test_a_pair_classifier_from_csv_to_answers(encoder, tmp_path):  # noqa: F811
     assert told[0]["score"] != told[1]["score"], "the second text counts"
     dense = replace(settings, out=tmp_path / "dense", dense=True, epochs=0.3)
     assert training.train(dense)["policy"] == "dense"
+
+
+def test_earlier_exits_learn_from_the_last_one():
+    model, rows = dynamic_model(), batch()
+    labels = rows["labels"]
+    trace = model(**rows).trace
+    answers, depth = trace.logits.detach().softmax(-1), trace.layers
+    total, weight = torch.zeros(7), torch.zeros(7)
+    for exit_ in trace.exits:
+        for row, logits in zip(exit_.rows.tolist(), exit_.logits, strict=True):
+            hard = -logits.log_softmax(-1)[labels[row]]
+            soft = -(answers[row] * logits.log_softmax(-1)).sum()
+            total[row] += exit_.layer * (hard if exit_.layer == depth[row] else 0.75 * hard + 0.25 * soft)
+            weight[row] += exit_.layer
+    loss = exit_loss(trace, labels, SingleLabel(3), 0.25)
+    torch.testing.assert_close(loss, (total / weight).mean())
+    assert loss.item() != exit_loss(trace, labels).item()
+    model.config.distillation = 0.25
+    torch.testing.assert_close(model(**rows).loss, exit_loss(model(**rows).trace, labels, SingleLabel(3), 0.25))

@@ -16,7 +16,9 @@ from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
+from transformers import AutoTokenizer
 
+from builders import dynamic_model
 from dht.errors import CheckpointError, ConfigError, DHTError
 from dht.sklearn import DHTClassifier
 from test_train import encoder, finished, sentences, settings  # noqa: F401
@@ -132,6 +134,13 @@ def test_saved_and_loaded_with_its_label_types(make, labels, tmp_path):
     (tmp_path / "run" / "sklearn.json").write_text('{"params": {}, "classes": [1, 2, 3], "dtype": "<i8"}')
     with pytest.raises(CheckpointError, match=r"3 classes, but the model has 2"):
         DHTClassifier.load(tmp_path / "run")
+
+
+def test_a_model_for_another_task_is_no_such_classifier(minilm_path, tmp_path):
+    dynamic_model(problem_type="multi_label_classification").save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(minilm_path).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="a model for multi_label_classification; DHTClassifier gives every text"):
+        DHTClassifier.load(tmp_path)
 
 
 def test_a_run_of_dht_train_is_an_estimator_too(finished):  # noqa: F811

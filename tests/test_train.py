@@ -229,6 +229,7 @@ def test_out_is_a_file(settings, tmp_path):
 
 def test_all_bad_settings_at_once(settings, tmp_path):
     bad = replace(settings, out=tmp_path, budget=0, search="both", epochs=-1, batch_size=0, device="tpu", dtype="int4")
+    bad = replace(bad, limit=(5, 0, 5))
     with pytest.raises(ConfigError) as caught:
         training.train(bad)
     for part in (
@@ -238,6 +239,7 @@ def test_all_bad_settings_at_once(settings, tmp_path):
         "--batch-size: got 0",
         "--device: got 'tpu', allowed: auto, cpu, cuda",
         "--dtype: got 'int4', allowed: float32, bfloat16",
+        "--limit: got 5, 0, 5, give three whole numbers above 0: train, validation, test",
     ):
         assert part in str(caught.value)
 

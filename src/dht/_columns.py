@@ -40,10 +40,11 @@ class ColumnChoice:
     Args:
         text: the text column, two names with a comma between for sentence pairs, or None = inferred.
         label: the label column, or None = inferred.
+        labelled: False if no label is needed: the text stands in for it.
     """
 
-    def __init__(self, text: str | None = None, label: str | None = None) -> None:
-        self._text, self._label = text, label
+    def __init__(self, text: str | None = None, label: str | None = None, labelled: bool = True) -> None:
+        self._text, self._label, self._labelled = text, label, labelled
         self._found: Columns | None = None
 
     def of(self, columns: Sequence[str], where: str) -> Columns:
@@ -52,9 +53,13 @@ class ColumnChoice:
         Raises:
             DataError: one is missing or there twice, or more than one could be meant.
         """
-        found = self._found or Columns(
-            *text_columns(columns, self._text, where), self._label or _single(columns, "label", LABELS, where)
-        )
+        found = self._found
+        if found is None:
+            text, pair = text_columns(columns, self._text, where)
+            label = text
+            if self._labelled:
+                label = self._label or _single(columns, "label", LABELS, where)
+            found = Columns(text, pair, label)
         for name, option in ((found.text, "text"), (found.pair, "text"), (found.label, "label")):
             if name is not None:
                 _require(columns, name, option, where)
@@ -70,9 +75,12 @@ class ColumnChoice:
     def note(self) -> str | None:
         """What was inferred, in one line; None if nothing was, or just `text` and `label`."""
         found = self._found
-        if found is None or (self._text and self._label) or found == ("text", None, "label"):
+        given = self._text and (self._label or not self._labelled)
+        if found is None or given or found in (("text", None, "label"), ("text", None, "text")):
             return None
         pair = f" with {shown(found.pair)}" if found.pair else ""
+        if not self._labelled:
+            return f"columns: text {shown(found.text)}{pair} (inferred; --text-column names others)"
         return (
             f"columns: text {shown(found.text)}{pair}, label {shown(found.label)} (inferred; --text-column and "
             "--label-column name others)"

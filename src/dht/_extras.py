@@ -13,9 +13,10 @@ EXTRAS = {
     "data": ("datasets", "pyarrow"),
     "sklearn": ("scikit-learn",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "sentence": ("sentence-transformers",),
 }
 """Extra of dht -> the packages that it installs."""
-_PACKAGE = {"sklearn": "scikit-learn"}
+_PACKAGE = {"sklearn": "scikit-learn", "sentence_transformers": "sentence-transformers"}
 
 
 class MissingExtraError(DHTError, ImportError):

@@ -147,7 +147,7 @@ def _tables(name: str, tables: Mapping[Any, Any], choice: ColumnChoice, stream_r
     for split, table in splits.items():
         if table.column_names:
             found = choice.of(list(table.column_names), f"{name} ({split})")
-            declared = getattr((table.features or {}).get(found.label), "names", None) or declared
+            declared = _class_names(table, found.label) or declared
     where = {split: f"{name} ({split}) row" for split in splits}
     missing = f"splits there: {listed(tables)}; pick another split or data set"
     notes: list[str] = []
@@ -163,7 +163,7 @@ def _tables(name: str, tables: Mapping[Any, Any], choice: ColumnChoice, stream_r
 
 def _table(table: Any, where: str, choice: ColumnChoice) -> Iterator[Row]:
     found = choice.of(list(table.column_names), where)
-    names = getattr(table.features[found.label], "names", None)
+    names = _class_names(table, found.label)
     plain = table.with_format(None) if hasattr(table, "with_format") else table
     texts, labels = plain[found.text], plain[found.label]
     pairs = plain[found.pair] if found.pair else [None] * len(texts)
@@ -177,7 +177,7 @@ def _streamed(table: Any, where: str, choice: ColumnChoice, most: int, notes: li
         rows = iter(table)
         for taken, row in enumerate(islice(rows, most), start=1):
             found = choice.of(list(row), f"{where} row {taken}")
-            names = getattr((table.features or {}).get(found.label), "names", None)
+            names = _class_names(table, found.label)
             yield Row(taken, row[found.text], _named(row[found.label], names), row[found.pair] if found.pair else None)
         more = next(rows, None) is not None
     except DataError:
@@ -187,8 +187,17 @@ def _streamed(table: Any, where: str, choice: ColumnChoice, most: int, notes: li
     notes.append(f"{where}: a stream; {f'its first {taken} rows' if more else f'all its {taken} rows'} are taken")
 
 
+def _class_names(table: Any, column: str) -> list[str] | None:
+    """The names that a table declares for its classes, in lists of them too."""
+    feature = (table.features or {}).get(column)
+    names: list[str] | None = getattr(getattr(feature, "feature", feature), "names", None)
+    return names
+
+
 def _named(label: Any, names: list[str] | None) -> Any:
-    """The name of a class index, where the data set declares names; anything else as it is."""
+    """The name of a class index, where the data set declares names; anything else as it is; lists part by part."""
+    if names and isinstance(label, list):
+        return [_named(part, names) for part in label]
     return names[label] if names and isinstance(label, int) and 0 <= label < len(names) else label
 
 

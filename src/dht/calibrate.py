@@ -9,14 +9,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .hf.convert import deal_neurons
 from .hf.modeling import DHTForSequenceClassification, exit_loss
+from .maps import fit_maps
 from .model.execute import execute
 from .plan import Trace
 from .policy.reward import quality
+from .task import Embedding
 
 
 def calibrate(
@@ -51,7 +52,7 @@ def calibrate(
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         with torch.enable_grad():
             trace = _surveyed(model, inputs, heads, neurons)
-            exit_loss(trace, labels).backward()
+            exit_loss(trace, labels, model.task).backward()
         traces.append((trace, labels))
         spent += 1.0 + 2.0  # a forward for the heads; a forward and the activations' half of a backward for the gates
     for parameter in frozen:
@@ -61,7 +62,7 @@ def calibrate(
             deal_neurons(block, unit, neuron)
             neuron.copy_(neuron.flatten().sort(dim=0, descending=True).values.view_as(neuron)[_rank(unit)])
     for trace, labels in traces:
-        model.policy.observe(trace, quality(trace, labels, model.config.reward))
+        model.policy.observe(trace, quality(trace, labels, model.task))
         _observe_importance(model, trace, heads, neurons)
         model.policy.finish_step()
     model.train(was_training)
@@ -76,7 +77,7 @@ def _rank(importance: Tensor) -> Tensor:
 def _fit_exit_heads(
     model: DHTForSequenceClassification, batches: list[dict[str, Tensor]], steps: int, lr: float
 ) -> None:
-    encoder = model.encoder
+    encoder, task = model.encoder, model.task
     pooled: list[list[Tensor]] = [[] for _ in encoder.blocks]
     for batch in batches:
         with torch.no_grad():
@@ -87,11 +88,12 @@ def _fit_exit_heads(
                 pooled[layer].append(encoder.pool(layer + 1, rows).float())
     labels = torch.cat([batch["labels"] for batch in batches])
     states = [torch.cat(part) for part in pooled]
+    if isinstance(task, Embedding):
+        fit_maps(list(encoder.exits), states, labels)
+        return
     optimizer = torch.optim.AdamW(encoder.exits.parameters(), lr=lr)
     for _ in range(steps):
-        loss = torch.stack(
-            [F.cross_entropy(e(x).float(), labels) for e, x in zip(encoder.exits, states, strict=True)]
-        ).sum()
+        loss = torch.stack([task.losses(e(x), labels).mean() for e, x in zip(encoder.exits, states, strict=True)]).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -39,6 +39,10 @@ BatchSize = Annotated[int, typer.Option(help="Rows per batch.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens that a text is cut to.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16 (autocast).")]
+Limit = Annotated[
+    str | None,
+    typer.Option(help="At most so many rows of train,validation,test: three numbers; drawn by a hash of the texts."),
+]
 Seed = Annotated[int, typer.Option(help="Seed of data order, initial heads and exploration.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already in the folder.")]
 
@@ -81,7 +85,7 @@ def demo(
     from .demo import demo as run
     from .report.table import summary_table
 
-    settings = TrainSettings(data=data, model=model, out=out, budget=budget, epochs=epochs, seed=seed)
+    settings = TrainSettings(data=data, model=model, out=out, budget=budget, epochs=epochs, seed=seed, task="single")
     rows = run(settings, overwrite=overwrite, say=_say)
     Console().print(summary_table(rows, title=f"{data} test split, {model}, budget {budget:g}"))
     _say(f"page: {out / 'page.html'}; model: {out / 'dht'}; try: echo 'what a film' | dht predict {out / 'dht'}")
@@ -115,6 +119,11 @@ def train(
     class_weights: Annotated[
         str, typer.Option(help="none, or balanced: every class counts alike in the loss, however rare it is.")
     ] = "none",
+    task: Annotated[
+        str,
+        typer.Option(help="single, multi (labels are lists), regression, auto (as labels look, said), or embedding."),
+    ] = "auto",
+    limit: Limit = None,
     dense: Annotated[bool, typer.Option("--dense", help="Train the plain full model instead: the reference.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint in --out.")] = False,
     overwrite: Overwrite = False,
@@ -122,6 +131,7 @@ def train(
     """Train a dynamic model; leaves the model and report.json in --out."""
     from rich.console import Console
 
+    from .compare.settings import listed_numbers
     from .config import TrainSettings
     from .report.table import print_report
 
@@ -129,7 +139,8 @@ def train(
         data=data, model=model, out=out, budget=budget, search=search, ffn=ffn, epochs=epochs, seed=seed,
         batch_size=batch_size, lr=lr, max_length=max_length, device=device, dtype=dtype, accumulate=accumulate,
         warm_start=warm_start, settle=settle, save_every=save_every, text_column=text_column,
-        label_column=label_column, class_weights=class_weights, dense=dense,
+        label_column=label_column, class_weights=class_weights, task=task, dense=dense,
+        limit=listed_numbers("--limit", limit, int) if limit else None,
     )  # fmt: skip
     settings.check()
     from .checkpoints import complete_checkpoints
@@ -402,7 +413,7 @@ def compare(
     ablations: Annotated[str, typer.Option(help="none, all, or names after commas: our method, one switch each.")] = (
         "none"
     ),
-    jobs: Annotated[int, typer.Option(help="Processes side by side; above 1 all seconds are contended ones.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Processes side by side; seconds are measured last, one by one.")] = 1,
     epochs: Annotated[float, typer.Option(help="Passes over the training split.")] = 3.0,
     batch_size: BatchSize = 32,
     lr: Annotated[float, typer.Option(help="Peak learning rate, the same for every method.")] = 1e-4,
@@ -417,6 +428,7 @@ def compare(
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep weights that no cell needs.")] = False,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
+    limit: Limit = None,
 ) -> None:
     """Run every rival on the same splits and seeds, and say which claims hold, tie or fail."""
     import json as encoder
@@ -436,7 +448,7 @@ def compare(
         ablations=listed_names(ablations, tuple(ABLATIONS)), jobs=jobs, epochs=epochs, batch_size=batch_size, lr=lr,
         max_length=max_length, device=device, dtype=dtype, search=search, ffn=ffn, candidates=candidates,
         timed_batches=timed_batches, repeats=repeats, keep_models=keep_models, text_column=text_column,
-        label_column=label_column,
+        label_column=label_column, limit=listed_numbers("--limit", limit, int) if limit else None,
     )  # fmt: skip
     interrupted = False
     try:

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, shown
+from ._labels import TASKS
+from .errors import ConfigError, listed, shown
 
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -32,7 +33,10 @@ class TrainSettings:
             `settle` of all steps.
         save_every: checkpoint every so many steps; 0 = once an epoch.
         text_column, label_column: names in the data, as for `load_data`; None = inferred.
+        task: "single" (one class a row), "multi" (several), "regression", "auto" (as the labels look), or
+            "embedding" (no labels: what the encoder's last layer says is learned by every exit).
         class_weights: "none", or "balanced": in the loss a row counts n / (C n_c), with n_c rows of its class of n.
+        limit: rows of the train, validation and test split that are used at most; None = all.
         dense: train the plain full model instead (one exit, no policy), the reference to compare with.
     """
 
@@ -56,6 +60,8 @@ class TrainSettings:
     text_column: str | None = None
     label_column: str | None = None
     class_weights: str = "none"
+    task: str = "auto"
+    limit: tuple[int, ...] | None = None
     dense: bool = False
 
     def check(self) -> None:
@@ -87,8 +93,12 @@ class TrainSettings:
         need(lambda name: name in DTYPES, "dtype", ", ".join(DTYPES))
         need(lambda b: 0.0 < b <= 1.0, "warm_start", "a number in (0, 1]")
         need(lambda share: 0.0 <= share <= 1.0, "settle", "a number in [0, 1]")
+        need(lambda name: name in ("auto", *TASKS), "task", ", ".join(("auto", *TASKS)))
         need(whole(0), "save_every", "0 or more")
         need(whole(0, 2**32 - 1), "seed", "0 to 2^32 - 1")
+        limit = self.limit
+        if limit is not None and (len(limit) != 3 or any(not whole(1)(rows) for rows in limit)):
+            problems.append(f"--limit: got {listed(limit)}, give three whole numbers above 0: train, validation, test")
         if problems:
             raise ConfigError(problems)
 

@@ -7,15 +7,31 @@ in alphabetical order), or by a trained model's class names when they are given.
 from __future__ import annotations
 
 import hashlib
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dht._columns import ColumnChoice, text_columns
+from dht._labels import (
+    EMBEDDING,
+    INTEGER,
+    MULTI,
+    NUMBER_NAME,
+    REGRESSION,
+    SINGLE,
+    TASKS,
+    are_binary,
+    inferred_task,
+    label_list,
+    label_name,
+    label_number,
+    list_names,
+    no_label,
+    task_note,
+)
 from dht._rows import clean_text, decode_line, parse_object, read_lines
 from dht._sources import SPLITS, Source, open_source
 from dht.errors import DataError, listed, shown
@@ -40,16 +56,17 @@ STREAM_ROWS = 100_000
 Text = str | tuple[str, str]
 """A text, or the two texts of a pair."""
 
-_INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
-_DECIMAL = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)([eE][-+]?[0-9]+)?")
-
 
 @dataclass(frozen=True)
 class Split:
-    """Texts and, for each, the index of its class in `TextData.label_names`; of pairs, also the second texts."""
+    """Texts and their labels; of pairs, also the second texts.
+
+    A label is the index of its class in `TextData.label_names`; with several labels a row, a list of 1.0 for each class
+    that the row has and 0.0 for the others; of a regression, the number.
+    """
 
     texts: list[str]
-    labels: list[int]
+    labels: list[Any]
     pairs: list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -58,6 +75,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def inputs(self) -> list[Text]:
+        """Each row as `dht.predict.predict` takes it: a text, or both texts of a pair."""
+        return list(self.texts) if self.pairs is None else list(zip(self.texts, self.pairs, strict=True))
 
     @property
     def keys(self) -> list[str]:
@@ -87,17 +109,27 @@ class TextData:
     test: Split | None
     label_names: list[str]
     notes: list[str] = field(default_factory=list)
+    task: str = SINGLE
 
 
 @dataclass(frozen=True)
 class _Checked:
-    """A split whose rows were checked but whose labels are still names."""
+    """A split whose rows were checked but whose labels are still names, sets of names or numbers."""
 
     texts: list[str]
     pairs: list[str] | None
-    names: list[str]
+    names: list[Any]
     lines: list[int]
-    integers: bool  # every label is an integer
+    task: str
+    width: int = 0  # of lists of 0 and 1, their length
+
+    @property
+    def distinct(self) -> set[str]:
+        return set(self.names) if self.task == SINGLE else {name for names in self.names for name in names}
+
+    @property
+    def integers(self) -> bool:
+        return all(INTEGER.fullmatch(name) for name in self.distinct)
 
 
 def load_data(
@@ -110,6 +142,8 @@ def load_data(
     optional: Sequence[str] = (),
     label_names: list[str] | None = None,
     stream_rows: int = STREAM_ROWS,
+    task: str = "single",
+    limit: Sequence[int] | None = None,
 ) -> TextData:
     """The splits asked for, checked, with labels as class indices.
 
@@ -128,6 +162,11 @@ def load_data(
         optional: splits that are read when they are there; none is made.
         label_names: the classes of a trained model, in its order. Labels are mapped onto them.
         stream_rows: rows taken of each split that is streamed; `notes` says how many there were.
+        task: what labels are: "single" (one class), "multi" (a list of classes, or of 0 and 1), "regression" (a
+            number), "embedding" (none needed) or "auto" (inferred from the first split that is read, which `notes`
+            says); a `problem_type` works too.
+        limit: rows kept of train, validation and test at most; which ones, a hash of their texts decides, so it is the
+            same draw everywhere, and `notes` tells it.
 
     Returns:
         The data; splits neither needed nor optional are None.
@@ -136,7 +175,10 @@ def load_data(
         DataError: anything that is missing or broken; the message names file and line.
     """
     assert set(splits) | set(optional) <= set(SPLITS), "unknown split"
-    src = open_source(source, ColumnChoice(text_column, label_column), stream_rows)
+    if task not in ("auto", *TASKS, *TASKS.values()):
+        raise DataError(f"task: got {shown(task)}, allowed: {', '.join(('auto', *TASKS))}")
+    choice = ColumnChoice(text_column, label_column, labelled=task != EMBEDDING)
+    src = open_source(source, choice, stream_rows)
     make_validation = "validation" in splits and "validation" not in src.rows and "train" in src.rows
     for split in splits:
         if split not in src.rows and not (split == "validation" and make_validation):
@@ -146,19 +188,29 @@ def load_data(
     train_decides = "train" in src.rows and (make_validation or not label_names)
     read = [s for s in SPLITS if s in wanted or (s == "train" and train_decides)]
 
-    checked = {split: _check_rows(src, split) for split in read}
+    problem = _first_task(src, read) if task == "auto" else TASKS.get(task, task)
+    checked = {split: _check_rows(src, split, problem) for split in read}
+    if problem == MULTI:
+        checked = _named_sets(src, checked, label_names)
     notes = [note for note in (src.choice.note, *src.notes) if note]
     names, indices = _classes(src, checked, label_names, notes)
+    if task == "auto":
+        notes += [note for note in (task_note(problem, names),) if note]
     done = {split: _indexed(src, split, rows, names, indices) for split, rows in checked.items()}
     if make_validation:
         done["train"], done["validation"] = cut_validation(done["train"], seed, src.name)
         notes.append(_cut_note(done["train"], done["validation"], seed))
         wanted += [split for split in ("validation",) if split not in wanted]
     result = {split: done[split] for split in wanted}
-    if "train" in result:
+    if "train" in result and problem == SINGLE:
         _note_rare_classes(result["train"], names, notes)
     _note_shared_texts(result, notes)
-    return TextData(src.name, result.get("train"), result.get("validation"), result.get("test"), names, notes)
+    if limit is not None:
+        for split, rows in zip(SPLITS, limit, strict=True):
+            if split in result and len(result[split]) > rows:
+                notes.append(f"{split}: {rows} of {len(result[split])} rows, drawn by a hash of their texts")
+                result[split] = drawn(result[split], rows)
+    return TextData(src.name, result.get("train"), result.get("validation"), result.get("test"), names, notes, problem)
 
 
 def read_texts(
@@ -215,6 +267,12 @@ def stratified_order(texts: Sequence[str], labels: Sequence[int], seed: int) -> 
     return classes
 
 
+def drawn(split: Split, rows: int) -> Split:
+    """At most `rows` of a split, in its order; the same ones on every machine and with every seed."""
+    order = stratified_order(split.keys, [0] * len(split), 0)
+    return split.rows(sorted(order[0][:rows])) if order else split
+
+
 def cut_validation(train: Split, seed: int, name: str, fraction: float = VALIDATION_FRACTION) -> tuple[Split, Split]:
     """What is left of a train split, and the validation split cut from it: stratified, no text on both sides.
 
@@ -228,16 +286,18 @@ def cut_validation(train: Split, seed: int, name: str, fraction: float = VALIDAT
     """
     keys = train.keys
     taken: set[int] = set()
-    for rows in stratified_order(keys, train.labels, seed):
+    single = all(isinstance(label, int) for label in train.labels)
+    for rows in stratified_order(keys, train.labels if single else [0] * len(train), seed):
         size = max(1, round(fraction * len(rows)))
         while size < len(rows) and keys[rows[size]] == keys[rows[size - 1]]:
             size += 1  # equal texts stay on one side
         if size < len(rows):
             taken.update(rows[:size])
     if not taken:
+        kinds = f", {len(set(train.labels))} classes" if single else ""
         raise DataError(
-            f"{name}: too few different train texts ({len(train)} rows, {len(set(train.labels))} classes) to take a "
-            "validation split from; add a validation file or more train rows"
+            f"{name}: too few different train texts ({len(train)} rows{kinds}) to take a validation split from; add a "
+            "validation file or more train rows"
         )
     return (
         train.rows(row for row in range(len(train)) if row not in taken),
@@ -256,9 +316,30 @@ def balanced_weights(labels: Sequence[int], classes: int) -> list[float]:
     return [len(labels) / (present * counts[index]) if counts[index] else 0.0 for index in range(classes)]
 
 
-def _check_rows(src: Source, split: str) -> _Checked:
+def _first_task(src: Source, read: Sequence[str]) -> str:
+    """The task that the labels of the first split are for; its rows are kept for the reading proper."""
+    if not read:
+        return SINGLE
+    rows = src.rows[read[0]] = list(src.rows[read[0]])
+    return inferred_task([row.label for row in rows])
+
+
+def _named_sets(src: Source, checked: dict[str, _Checked], label_names: list[str] | None) -> dict[str, _Checked]:
+    """The splits with sets of names in place of raw lists; all splits together show what the lists hold."""
+    lists = [row for rows in checked.values() for row in rows.names]
+    binary = are_binary(lists, len(label_names) if label_names else None)
+    done = {}
+    for split, rows in checked.items():
+        where = (f"{src.where[split]} {line}" for line in rows.lines)
+        names = [list_names(row, binary, place) for row, place in zip(rows.names, where, strict=True)]
+        done[split] = replace(rows, names=names, width=len(lists[0]) if binary else 0)
+    return done
+
+
+def _check_rows(src: Source, split: str, task: str) -> _Checked:
+    read = {SINGLE: label_name, MULTI: label_list, REGRESSION: label_number, EMBEDDING: no_label}[task]
     texts: list[str] = []
-    names: list[str] = []
+    names: list[Any] = []
     lines: list[int] = []
     pairs: list[str] = []
     typed: dict[bool, int] = {}  # is the label an int (or a str) -> first line
@@ -267,72 +348,80 @@ def _check_rows(src: Source, split: str) -> _Checked:
         texts.append(clean_text(text, where))
         if src.choice.pairs:
             pairs.append(clean_text(pair, where))
-        names.append(_label_name(label, where))
+        names.append(read(label, where))
         lines.append(line)
         first = typed.setdefault(isinstance(label, int), line)
-        if len(typed) == 2 and first == line:
+        if task == SINGLE and len(typed) == 2 and first == line:
             raise DataError(
                 f"{where}: label {shown(label)} is {'an integer' if isinstance(label, int) else 'a string'}, but "
                 "earlier labels are not; use integers or names throughout"
             )
     if not texts:
         raise DataError(f"{src.where[split].rsplit(' ', 1)[0]}: no rows; the {split} split needs at least one")
-    return _Checked(texts, pairs or None, names, lines, all(_INTEGER.fullmatch(name) for name in set(names)))
-
-
-def _label_name(label: object, where: str) -> str:
-    """The label as a class name; integers in their shortest form."""
-    if isinstance(label, int) and not isinstance(label, bool):
-        return str(label)
-    if isinstance(label, str):
-        name = label.strip()
-        if _INTEGER.fullmatch(name):
-            return str(int(name))
-        if name and not _DECIMAL.fullmatch(name):
-            return name.encode("utf-8", "replace").decode()
-    got = "no label" if label is None or label == "" else f"label {shown(label)}"
-    raise DataError(f"{where}: {got}; allowed: an integer or a class name; fix or remove the row")
+    return _Checked(texts, pairs or None, names, lines, task)
 
 
 def _classes(
     src: Source, checked: dict[str, _Checked], label_names: list[str] | None, notes: list[str]
 ) -> tuple[list[str], dict[str, int]]:
     """The class names in order of index, and the index of every label that may occur."""
+    task, width = next(((rows.task, rows.width) for rows in checked.values()), (SINGLE, 0))
+    if task == EMBEDDING:
+        return [EMBEDDING], {}
+    if "train" in checked:
+        _require_variety(src, checked["train"])
+    if task == REGRESSION:
+        return [NUMBER_NAME], {}
     if label_names or src.declared:
         names = list(label_names or src.declared or [])
     else:
         decisive = checked.get("train") or next(iter(checked.values()))
-        distinct = set(decisive.names)
-        names = sorted(distinct, key=int) if decisive.integers else sorted(distinct)
+        distinct = {str(i) for i in range(width)} or decisive.distinct
+        names = sorted(distinct, key=int) if width or decisive.integers else sorted(distinct)
         if "train" not in checked:
             notes.append(f"no train split: the classes are those of {next(iter(checked))}: {', '.join(names)}")
-    if "train" in checked and len(set(checked["train"].names)) < 2:
-        where = src.where["train"].rsplit(" ", 1)[0]
-        raise DataError(
-            f"{where}: all {len(checked['train'].names)} rows have the label {shown(checked['train'].names[0])}; "
-            "training needs two classes or more"
-        )
+    if width and width != len(names):
+        raise DataError(f"{src.name}: labels are lists of {width} zeros and ones, but there are {len(names)} classes")
     indices = {name: index for index, name in enumerate(names)}
     if (
-        label_names
+        (label_names or width)
         and all(rows.integers for rows in checked.values())
-        and not any(_INTEGER.fullmatch(name) for name in names)
+        and not any(INTEGER.fullmatch(name) for name in names)
     ):
         indices = {str(index): index for index in range(len(names))}
         notes.append(f"integer labels are read as positions in the model's classes: {', '.join(names)}")
     return names, indices
 
 
+def _require_variety(src: Source, train: _Checked) -> None:
+    where = src.where["train"].rsplit(" ", 1)[0]
+    if train.task == MULTI and not train.distinct:
+        raise DataError(f"{where}: no row has a label; training needs one class or more")
+    if train.task != MULTI and len(set(train.names)) < 2:
+        needed = "two classes or more" if train.task == SINGLE else "numbers that differ"
+        raise DataError(
+            f"{where}: all {len(train.names)} rows have the label {shown(train.names[0])}; training needs {needed}"
+        )
+
+
 def _indexed(src: Source, split: str, rows: _Checked, names: list[str], indices: dict[str, int]) -> Split:
-    labels = []
-    for line, name in zip(rows.lines, rows.names, strict=True):
-        if name not in indices:
+    if rows.task in (REGRESSION, EMBEDDING):
+        return Split(rows.texts, rows.names, rows.pairs)
+    labels: list[Any] = []
+    for line, said in zip(rows.lines, rows.names, strict=True):
+        several = rows.task == MULTI
+        name = next((name for name in (said if several else (said,)) if name not in indices), None)
+        if name is not None:
             hint = " (-1 marks hidden labels: use another split)" if name == "-1" else ""
             raise DataError(
                 f"{src.where[split]} {line}: label {shown(name)} is not a known class{hint}; "
                 f"allowed: {listed(indices)}; fix the label or train with that class"
             )
-        labels.append(indices[name])
+        if several:
+            on = {indices[name] for name in said}
+            labels.append([float(i in on) for i in range(len(names))])
+        else:
+            labels.append(indices[said])
     return Split(rows.texts, labels, rows.pairs)
 
 

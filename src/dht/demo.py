@@ -83,12 +83,12 @@ def write_page(settings: TrainSettings, report: dict[str, Any], dense: dict[str,
     model.policy.set_budget(settings.budget)
 
     chosen = sorted(random.Random(settings.seed).sample(range(len(split)), min(PAGE_SAMPLES, len(split))))
-    texts = [split.texts[i] for i in chosen]
+    texts = split.rows(chosen).inputs
     samples = []
     for i, text, row in zip(chosen, texts, predict(model, tokenizer, texts, details=True), strict=True):
         samples.append(
             {
-                "text": text,
+                "text": text if isinstance(text, str) else " | ".join(text),
                 "label": data.label_names[split.labels[i]],
                 "prediction": row["label"],
                 "score": row["score"],

@@ -10,10 +10,12 @@ import torch
 
 from .config import DTYPES
 from .data import load_data
+from .embed import with_embeddings
 from .errors import ConfigError, DataError
-from .load import by_length, check_budget, load_run, tokenise
+from .load import by_length, check_budget, load_run, teacher_of, tokenise
 from .measure import report_of, run_policy, time_policy
 from .rivals import rival
+from .task import Embedding
 
 SPLITS = ("train", "validation", "test")
 
@@ -64,10 +66,12 @@ def evaluate(
     matched = policy in ("confidence", "patience", "random", "hash", "length")
     loaded = load_data(
         data, text_column=text_column, label_column=label_column, seed=seed, label_names=label_names,
-        splits=(split,), optional=("validation",) if matched else (),
+        splits=(split,), optional=("validation",) if matched else (), task=model.task.name,
     )  # fmt: skip
     for note in loaded.notes:
         say(note)
+    if isinstance(model.task, Embedding):
+        loaded = with_embeddings(loaded, teacher_of(folder, model), tokenizer, max_length)
 
     def batches(name: str) -> list[dict[str, torch.Tensor]]:
         return by_length(tokenizer, tokenise(tokenizer, getattr(loaded, name), max_length), batch_size)[0]

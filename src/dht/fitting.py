@@ -61,7 +61,10 @@ class Fit:
         for exits, batches in zip(self.exits, self.folds, strict=True):
             with lent(self.model.encoder, exits):
                 parts.append(run_policy(self.model, batches, policy))
-        return Outcome(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Outcome)))
+        joined = {
+            f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Outcome) if f.name != "task"
+        }
+        return Outcome(**joined, task=self.model.task)
 
     def dial(
         self, budgets: Sequence[float] = BUDGETS, run: Run | None = None, labelled: bool | None = None
@@ -173,7 +176,7 @@ def _pay(fitted: Fit) -> None:
             for batch in batches:
                 trace = model(batch["input_ids"], batch["attention_mask"], mode="probe").trace
                 answers = trace.exit_table()[0][:, -1].argmax(-1)
-                model.policy.observe(trace, quality(trace, answers, model.config.reward))
+                model.policy.observe(trace, quality(trace, answers, model.task))
                 model.policy.finish_step()
                 traces.append(trace)
     keep_curve(model.policy, traces, model.config.budget)

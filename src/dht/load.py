@@ -6,10 +6,10 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hub_logging
 
@@ -21,6 +21,9 @@ from .hf.configuration import FORMAT_VERSION, DHTConfig
 from .hf.convert import convert, load_source
 from .hf.modeling import DHTForSequenceClassification
 from .manifest import verify
+
+RUN_FILE = "run.json"
+"""In a run folder: the settings that the training was told."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "preset:tiny": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512},
@@ -161,7 +164,8 @@ def collate(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]) 
             types = row.get("token_type_ids", [])  # single texts among pairs are of type 0
             batch["token_type_ids"][i, : len(types)] = torch.tensor(types, dtype=torch.long)
     if "labels" in rows[0]:
-        batch["labels"] = torch.tensor([row["labels"] for row in rows])
+        labels = [row["labels"] for row in rows]
+        batch["labels"] = torch.stack(labels) if isinstance(labels[0], Tensor) else torch.tensor(labels)
     return batch
 
 
@@ -218,6 +222,19 @@ def load_run(folder: str | Path, device: str = "auto") -> tuple[DHTForSequenceCl
     return model.to(device_of(device)).eval(), _tokenizer(str(folder))
 
 
+def told_of(folder: str | Path, name: str) -> Any:
+    """A setting that the run in `folder` was told.
+
+    Raises:
+        CheckpointError: its `run.json` cannot be read or does not say.
+    """
+    path = Path(folder) / RUN_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))[name]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: does not say the run's {name} ({error})") from error
+
+
 def data_of(folder: str | Path) -> str:
     """The data that the run in `folder` was trained on.
 
@@ -225,9 +242,22 @@ def data_of(folder: str | Path) -> str:
         CheckpointError: the run does not say.
     """
     try:
-        return str(json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))["data"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return str(told_of(folder, "data"))
+    except CheckpointError as error:
         raise CheckpointError(f"{folder}: no run.json that names the data; give --data") from error
+
+
+def teacher_of(folder: str | Path, trained: DHTForSequenceClassification) -> DHTForSequenceClassification:
+    """What an embedding run learned from: the encoder that `dht train` started with; without a `run.json`, itself.
+
+    Raises:
+        DHTError: that encoder cannot be loaded any more.
+    """
+    if not (Path(folder) / RUN_FILE).is_file():
+        return trained
+    teacher = convert(load_source(model_folder(str(told_of(folder, "model"))), 1), 1, head="embedding")
+    cast(nn.Module, teacher).to(trained.device).eval()
+    return teacher
 
 
 def check_budget(budget: float) -> float:

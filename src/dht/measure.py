@@ -18,6 +18,7 @@ from .hf.modeling import DHTForSequenceClassification
 from .plan import Trace
 from .policy.base import Policy
 from .policy.baselines import DensePolicy
+from .task import SINGLE_LABEL, Task
 
 Batch = dict[str, Tensor]
 
@@ -27,7 +28,7 @@ class Outcome:
     """What a policy did on a set of batches, in the rows' original order of the batches.
 
     Attributes:
-        labels, predictions: int64 [n].
+        labels, predictions: [n, ...], as the task has them; int64 [n] of single labels.
         layers: int64 [n]. units: bool [n, N, H]. flops, dense_flops: float64 [n].
         exit_logits: float [n, N, C], zeros where not visited; visited: bool [n, N].
     """
@@ -40,11 +41,18 @@ class Outcome:
     dense_flops: Tensor
     exit_logits: Tensor
     visited: Tensor
+    task: Task = field(default=SINGLE_LABEL, kw_only=True)
 
     @property
     def accuracy(self) -> float:
-        """Share of rows answered right."""
-        return float((self.labels == self.predictions).double().mean())
+        """Share of rows answered right in everything."""
+        right = (self.labels == self.predictions).view(*self.labels.shape, 1)
+        return float(right.flatten(1).all(-1).double().mean())
+
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """The report's fields on how good the answers are."""
+        return self.task.metrics(self.labels, self.predictions)
 
     @property
     def flops_fraction(self) -> float:
@@ -74,12 +82,12 @@ def run_policy(
             labels, inputs = split_labels(batch, model.device)
             trace: Trace = model(**inputs, policy=policy).trace
             logits, visited = trace.exit_table()
-            answer = trace.logits.argmax(-1)
+            answer = model.task.answers(trace.logits)
             row = (labels, answer, trace.layers, trace.units, trace.flops, trace.dense_flops, logits.float(), visited)
             parts.append(tuple(part.cpu() for part in row))
             if progress:
                 progress()
-    return Outcome(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return Outcome(*(torch.cat(column) for column in zip(*parts, strict=True)), task=model.task)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> Any:
@@ -95,11 +103,38 @@ def split_labels(batch: Batch, device: torch.device) -> tuple[Tensor, Batch]:
 
 @dataclass
 class Timing:
-    """Seconds of each contender over the same batches; each batch's figure is the median of its repeats."""
+    """Seconds of each contender over the same batches; each batch's figure is the median of its repeats.
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    Attributes:
+        batches: those figures. policy_seconds: of all batches together. examples: rows in them.
+    """
+
+    batches: dict[str, list[float]] = field(default_factory=dict)
     policy_seconds: float = 0.0
     examples: int = 0
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of all batches together."""
+        return {name: sum(taken) for name, taken in self.batches.items()}
+
+    @property
+    def dense_seconds(self) -> float:
+        """Of the fastest dense contender."""
+        return min(seconds for name, seconds in self.seconds.items() if name != "dht")
+
+    def fields(self) -> dict[str, Any]:
+        """The report's fields on seconds."""
+        seconds = self.seconds
+        return {
+            "time_fraction": seconds["dht"] / self.dense_seconds,
+            "seconds": seconds["dht"],
+            "dense_seconds": self.dense_seconds,
+            "own_dense_seconds": seconds["dense"],
+            "transformers_seconds": seconds.get("transformers"),
+            "policy_time_fraction": self.policy_seconds / seconds["dht"],
+            "timed_examples": self.examples,
+        }
 
 
 def time_policy(
@@ -128,7 +163,7 @@ def time_policy(
         plain = export(model).eval()
         plain.to(model.device)
         contenders["transformers"] = lambda inputs: plain(**inputs)
-    timing = Timing(dict.fromkeys(contenders, 0.0), examples=sum(len(batch["labels"]) for batch in timed))
+    timing = Timing({name: [] for name in contenders}, examples=sum(len(batch["labels"]) for batch in timed))
     model.eval()
     with torch.inference_mode(), autocast(model.device, dtype):
         for index, batch in enumerate(timed):
@@ -145,7 +180,7 @@ def time_policy(
                     if name == "dht":
                         deciding.append(output.trace.policy_seconds)
             for name in contenders:
-                timing.seconds[name] += statistics.median(taken[name][-repeats:])
+                timing.batches[name].append(statistics.median(taken[name][-repeats:]))
             timing.policy_seconds += statistics.median(deciding[-repeats:])
     return timing
 
@@ -167,8 +202,9 @@ def report_of(outcome: Outcome, timing: Timing | None, **settings: Any) -> dict[
     histogram = torch.bincount(outcome.layers, minlength=layers + 1)
     share = histogram[histogram > 0].double() / rows
     report = {
-        "accuracy": outcome.accuracy,
-        "macro_f1": macro_f1(outcome.labels, outcome.predictions),
+        **outcome.metrics,
+        "task": outcome.task.name,
+        "metric": outcome.task.metric,
         "num_examples": rows,
         **settings,
         "flops_fraction": outcome.flops_fraction,
@@ -179,25 +215,4 @@ def report_of(outcome: Outcome, timing: Timing | None, **settings: Any) -> dict[
         "arm_entropy": float(-(share * share.log()).sum()),
         "flops_fraction_p95": float((outcome.flops / outcome.dense_flops).quantile(0.95)),
     }
-    if timing is not None:
-        dense = min(seconds for name, seconds in timing.seconds.items() if name != "dht")
-        report |= {
-            "time_fraction": timing.seconds["dht"] / dense,
-            "seconds": timing.seconds["dht"],
-            "dense_seconds": dense,
-            "own_dense_seconds": timing.seconds["dense"],
-            "transformers_seconds": timing.seconds.get("transformers"),
-            "policy_time_fraction": timing.policy_seconds / timing.seconds["dht"],
-            "timed_examples": timing.examples,
-        }
-    return report
-
-
-def macro_f1(labels: Tensor, predictions: Tensor) -> float:
-    """Unweighted mean over the classes that occur of their F1, in [0, 1]."""
-    scores: list[float] = []
-    for value in torch.cat([labels, predictions]).unique():
-        hit = ((labels == value) & (predictions == value)).sum().item()
-        total = (labels == value).sum().item() + (predictions == value).sum().item()
-        scores.append(2 * hit / total)
-    return sum(scores) / len(scores)
+    return report if timing is None else report | timing.fields()

@@ -27,6 +27,9 @@ def predict(
 ) -> Iterator[dict[str, Any]]:
     """One dict a text, in order: `label`, `score` (its probability), `layers`, `heads`, `flops_fraction`.
 
+    With several labels a row, `label` and `score` are lists; of a regression, `label` is the number and `score` None;
+    an embedding has neither, but `embedding`.
+
     Args:
         texts: single ones or pairs, read lazily, a batch at a time; lone surrogates, which no UTF-8 can hold, count
             as U+FFFD.
@@ -38,47 +41,53 @@ def predict(
         DataError: a text is not a string.
         NonFiniteError: the model's answer to a text is not a number.
     """
-    names, done = model.config.label_names, 0
+    names, done = [model.config.label_names[i] for i in range(len(model.config.label_names))], 0
+    task = model.task
     model.eval()
     for held in lines_in_batches(texts, batch_size):
-        held = [_clean(text, f"text {done + i}") for i, text in enumerate(held, start=1)]
+        held = cleaned(held, done + 1)
         batch = collate(tokenizer, encode_mixed(tokenizer, held, max_length))
         with torch.inference_mode():
             trace = model(**{key: value.to(model.device) for key, value in batch.items()}).trace
-        probs = trace.logits.float().softmax(-1)
-        score, label = probs.max(-1)
-        if not bool(score.isfinite().all()):
-            first = done + 1 + int((~score.isfinite()).nonzero()[0])
+        sound = trace.logits.isfinite().all(-1)
+        if not bool(sound.all()):
+            first = done + 1 + int((~sound).nonzero()[0])
             raise NonFiniteError(
                 f"text {first}: the model's answer is not a number; its weights are broken, train anew"
             )
         done += len(held)
         ran, widths = trace.layers, trace.units.sum(-1)
         table, visited = trace.exit_table()
-        exits = table.float().softmax(-1)
         for i in range(len(held)):
             row: dict[str, Any] = {
-                "label": names[int(label[i])],
-                "score": round(float(score[i]), 6),
+                **task.told(trace.logits[i], names),
                 "layers": int(ran[i]),
                 "heads": widths[i, : int(ran[i])].tolist(),
                 "flops_fraction": round(float(trace.flops[i] / trace.dense_flops[i]), 6),
             }
             if details:
                 row["units"] = [layer.nonzero()[:, 0].tolist() for layer in trace.units[i, : int(ran[i])]]
-                row["exits"] = [
-                    {"prediction": names[int(p.argmax())], "score": float(p.max())}
-                    for p, seen in zip(exits[i], visited[i], strict=True)
-                    if seen
-                ]
+                told = [task.told(logits, names) for logits, seen in zip(table[i], visited[i], strict=True) if seen]
+                row["exits"] = [{"prediction": exit_.get("label"), "score": exit_.get("score")} for exit_ in told]
             yield row
 
 
-def _clean(text: Text, where: str) -> Text:
-    if isinstance(text, tuple):
-        first, second = (without_surrogates(part, where) for part in text)
-        return first, second
-    return without_surrogates(text, where)
+def cleaned(texts: Iterable[Text], first: int = 1) -> list[Text]:
+    """Single texts and pairs that a tokenizer can take: lone surrogates become U+FFFD.
+
+    Args:
+        first: number of the first text, for the message.
+
+    Raises:
+        DataError: a text is not a string.
+    """
+    found: list[Text] = []
+    for i, text in enumerate(texts, start=first):
+        if isinstance(text, tuple) and len(text) == 2:
+            found.append((without_surrogates(text[0], f"text {i}"), without_surrogates(text[1], f"text {i}")))
+        else:
+            found.append(without_surrogates(text, f"text {i}"))
+    return found
 
 
 def encode_mixed(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int) -> list[dict[str, Any]]:

@@ -66,12 +66,16 @@ class _Depths:
     outcome: Outcome
     cumulative: Tensor  # [n, N] FLOPs up to each exit
 
-    def judged(self, depth: Tensor) -> tuple[float, float]:
-        """FLOPs fraction and accuracy if row i leaves after `depth[i]` layers."""
-        index = (depth - 1)[:, None]
-        spent = self.cumulative.gather(1, index).sum() / self.outcome.dense_flops.sum()
-        answers = self.outcome.exit_logits.argmax(-1).gather(1, index)[:, 0]
-        return float(spent), float((answers == self.outcome.labels).double().mean())
+    def spent(self, depth: Tensor) -> float:
+        """FLOPs fraction if row i leaves after `depth[i]` layers."""
+        return float(self.cumulative.gather(1, (depth - 1)[:, None]).sum() / self.outcome.dense_flops.sum())
+
+    def accuracy(self, depth: Tensor) -> float:
+        """How good the answers then are, by the task's own figure."""
+        task, logits = self.outcome.task, self.outcome.exit_logits[torch.arange(len(depth)), depth - 1]
+        found = task.metrics(self.outcome.labels, task.answers(logits))[task.metric]
+        assert found is not None, "a task has the figure that it names"
+        return found
 
 
 def _exit_rule(name: str, model: DHTForSequenceClassification, budget: float, calibration: Sequence[Batch]) -> Policy:
@@ -91,7 +95,7 @@ class MatchedExits:
 
     Attributes:
         policy: the rule. threshold: its confidence or patience.
-        accuracy: on the calibration rows.
+        accuracy: on the calibration rows; of other tasks than single labels, the figure that a report names first.
         affordable: False if even leaving at the first exit costs more than the budget.
     """
 
@@ -119,22 +123,22 @@ def match_exits(
     """
     depth = int(sets.any(-1).sum())
     if outcome is None:
-        outcome = run_policy(model, calibration, ConfidencePolicy(sets, 2.0), dtype=dtype)
+        outcome = run_policy(model, calibration, PatiencePolicy(sets, depth, model.task), dtype=dtype)  # never leaves
     outcome = replace(outcome, exit_logits=outcome.exit_logits[:, :depth])
     tokens = round(float(torch.cat([batch["attention_mask"].sum(-1) for batch in calibration]).double().mean()))
     shares = model.encoder.cost.layer_shares(sets[:depth].sum(-1), tokens)
     depths = _Depths(outcome, outcome.flops[:, None] * shares.cumsum(0))
     find = _confidence_depth if name == "confidence" else _patience_depth
     low, high = (0.0, 1.0) if name == "confidence" else (0.0, float(depth))
-    affordable = depths.judged(find(outcome, low))[0] <= budget
+    affordable = depths.spent(find(outcome, low)) <= budget
     for _ in range(30):
         middle = (low + high) / 2
-        if depths.judged(find(outcome, middle))[0] > budget:
+        if depths.spent(find(outcome, middle)) > budget:
             high = middle
         else:
             low = middle
-    policy = (ConfidencePolicy if name == "confidence" else PatiencePolicy)(sets, low)
-    return MatchedExits(policy, low, depths.judged(find(outcome, low))[1], affordable)
+    policy = (ConfidencePolicy if name == "confidence" else PatiencePolicy)(sets, low, model.task)
+    return MatchedExits(policy, low, depths.accuracy(find(outcome, low)), affordable)
 
 
 def _first(stop: Tensor) -> Tensor:
@@ -145,16 +149,17 @@ def _first(stop: Tensor) -> Tensor:
 
 
 def _confidence_depth(outcome: Outcome, threshold: float) -> Tensor:
-    return _first(outcome.exit_logits.softmax(-1).amax(-1) > threshold)
+    return _first(outcome.task.confidence(outcome.exit_logits) > threshold)
 
 
 def _patience_depth(outcome: Outcome, patience: float) -> Tensor:
-    answers = outcome.exit_logits.argmax(-1)
-    streak = torch.zeros_like(answers)
-    for layer in range(1, answers.shape[1]):
-        streak[:, layer] = torch.where(answers[:, layer] == answers[:, layer - 1], streak[:, layer - 1] + 1, 0)
+    logits = outcome.exit_logits
+    same = outcome.task.agree(logits[:, 1:], logits[:, :-1])
+    streak = torch.zeros(logits.shape[:2], dtype=torch.long)
+    for layer in range(1, logits.shape[1]):
+        streak[:, layer] = torch.where(same[:, layer - 1], streak[:, layer - 1] + 1, 0)
     whole = int(patience)
     # Rows are dealt to the two whole numbers evenly here and by a hash of their tokens in the policy.
-    rows = torch.arange(len(answers))
+    rows = torch.arange(len(logits))
     spread = (rows * 0.618033988749895) % 1.0
     return _first(streak >= whole + (spread < patience - whole).long()[:, None])

@@ -24,6 +24,7 @@ from .errors import CheckpointError, DataError
 from .load import by_length, check_budget, load_run
 from .plan import Trace
 from .predict import encode_mixed
+from .task import SingleLabel
 from .train import dynamic_trainer, fit, save_run
 
 optional("sklearn", "sklearn", "dht.sklearn")
@@ -152,6 +153,8 @@ class DHTClassifier(ClassifierMixin, BaseEstimator):
             CheckpointError: the folder holds neither.
         """
         model, tokenizer = load_run(folder)
+        if not isinstance(model.task, SingleLabel):
+            raise CheckpointError(f"{folder}: a model for {model.task.name}; DHTClassifier gives every text one class")
         path = Path(folder) / STATE_FILE
         names = [model.config.label_names[index] for index in range(len(model.config.label_names))]
         state: dict[str, Any] = {"params": {"budget": model.config.budget}, "classes": names, "dtype": "O"}

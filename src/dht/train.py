@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, pstdev
 from typing import Any, cast
 
 import torch
@@ -26,16 +27,18 @@ from .checkpoints import complete_checkpoints, newest_whole, remove_incomplete
 from .config import TrainSettings
 from .data import TextData, balanced_weights, load_data
 from .distributed import join, rank, ranks, wait
+from .embed import with_embeddings
 from .errors import DHTError
 from .guarded import GuardedTrainer
 from .hf.card import CARD, write_card
 from .hf.convert import FAMILIES, export
 from .hf.modeling import DHTForSequenceClassification
-from .load import build, by_length, collate, device_of, tokenise
+from .load import PRESETS, build, by_length, collate, device_of, tokenise
 from .manifest import MANIFEST, MODEL_FILES, TOKENIZER_FILES, write_manifest
 from .measure import autocast, report_of, run_policy, split_labels, time_policy
 from .policy.baselines import DensePolicy
 from .policy.budget import Schedule
+from .task import Embedding, Regression, SingleLabel
 from .training import DHTTrainer, Ledger, finish
 
 CALIBRATION_BATCHES = 16
@@ -58,7 +61,7 @@ class Fitted:
         rows: the tokenised train and validation splits.
         steps: batches trained on.
         history: what the ledger noted over training; empty for dense training.
-        report: resumed, refused_updates, train_flops_fraction, train_seconds.
+        report: resumed, refused_updates, train_flops_fraction, train_seconds, train_cpu_seconds (of this process).
     """
 
     model: DHTForSequenceClassification
@@ -150,23 +153,33 @@ def fit(
     wait()
     data = data or load_data(
         settings.data, text_column=settings.text_column, label_column=settings.label_column, seed=settings.seed,
-        splits=("train", "validation"), optional=("test",),
+        splits=("train", "validation"), optional=("test",), task=settings.task, limit=settings.limit,
     )  # fmt: skip
     for note in data.notes:
         say(note)
     set_seed(settings.seed)
     assert data.train is not None
+    options = {**(options or {}), **task_options(data)}
+    if data.task == Embedding.name and settings.dense:
+        raise DHTError("--dense: with --task embedding the full model is what is learned from; leave --dense out")
+    if data.task == Embedding.name and settings.model in PRESETS:
+        raise DHTError(f"--model: with --task embedding it is what is learned from, and {settings.model} knows nothing")
     if settings.class_weights == "balanced":
-        options = {**(options or {}), "class_weights": balanced_weights(data.train.labels, len(data.label_names))}
+        if data.task != SingleLabel.name:
+            raise DHTError(f"--class-weights: got 'balanced', but the task is {data.task}; it needs one class a row")
+        options["class_weights"] = balanced_weights(data.train.labels, len(data.label_names))
     model, tokenizer = build(settings, data.label_names, options)
     cast(nn.Module, model).to(device)
+    if data.task == Embedding.name:
+        say("embedding all texts with the full model: what it says is what is learned")
+        data = with_embeddings(data, model, tokenizer, settings.max_length)
     rows = {name: tokenise(tokenizer, getattr(data, name), settings.max_length) for name in ("train", "validation")}
     if not rank():
         write_json(settings.out / "run.json", settings.as_json())
     if start:
         say(f"resuming from {start}")
 
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     make = make or (dense_trainer if settings.dense else dynamic_trainer)
     trainer = make(settings, model, tokenizer, rows, checkpoints, bool(start))
     _run(trainer, checkpoints, start)
@@ -181,9 +194,23 @@ def fit(
         "refused_updates": refusals.count if refusals else 0,
         "train_flops_fraction": ledger.fraction if ledger else 1.0,
         "train_seconds": time.perf_counter() - started,
+        "train_cpu_seconds": time.process_time() - worked,
     }
     steps = trainer.state.global_step * settings.accumulate
     return Fitted(model, tokenizer, data, rows, steps, ledger.history if ledger else [], report)
+
+
+def task_options(data: TextData) -> dict[str, Any]:
+    """The fields of `DHTConfig` that the labels decide."""
+    if data.task == SingleLabel.name:
+        return {}
+    if data.task == Embedding.name:
+        return {"head": "embedding"}
+    options: dict[str, Any] = {"problem_type": data.task}
+    if data.task == Regression.name:
+        assert data.train is not None
+        options |= {"label_mean": mean(data.train.labels), "label_std": pstdev(data.train.labels)}
+    return options
 
 
 def _run(trainer: Trainer, checkpoints: Path, start: Path | None) -> None:
@@ -333,7 +360,7 @@ def dense_step_seconds(
     """
     contenders: dict[str, torch.nn.Module] = {"dense": copy.deepcopy(model)}
     contenders["dense"].active_policy = DensePolicy(model.config.num_attention_heads)
-    if model.config.source in FAMILIES:
+    if model.config.source in FAMILIES and model.config.head == "classifier":  # no loss without labels there
         contenders["transformers"] = export(model)
     taken = dict.fromkeys(contenders, 0.0)
     for contender in contenders.values():
@@ -378,8 +405,8 @@ def evaluate_run(
         threads=torch.get_num_threads(), torch=torch.__version__, data=data.name, model=settings.model,
         ffn=settings.ffn,
     )  # fmt: skip
-    full = outcome if settings.dense else run_policy(model, batches, dense, dtype=dtype)
-    return report | {"full_depth_accuracy": full.accuracy}
+    full = (outcome if settings.dense else run_policy(model, batches, dense, dtype=dtype)).metrics
+    return report | {f"full_depth_{name}": full[name] for name in ("accuracy", model.task.metric)}
 
 
 def save_run(

@@ -138,7 +138,7 @@ class DHTTrainer(GuardedTrainer):
         labels = inputs.pop("labels")
         training = model.training
         output = model(**inputs, every_exit=training, mode=self._mode() if training else "exploit", tap_gates=training)
-        loss = exit_loss(output.trace, labels, self.dynamic.config.class_weights)
+        loss = exit_loss(output.trace, labels, self.dynamic.task, self.dynamic.config.distillation)
         if training:
             self._traces.append((output.trace, labels))
         return (loss, output) if return_outputs else loss
@@ -200,7 +200,7 @@ class DHTTrainer(GuardedTrainer):
         policy.observe_units(*(trace for trace, _ in self._traces))
         for trace, labels in self._traces:
             if self.feedback is None or (self.state.epoch or 0.0) < 1.0:
-                policy.observe(trace, quality(trace, labels, self.dynamic.config.reward))
+                policy.observe(trace, quality(trace, labels, self.dynamic.task))
         if self.feedback is not None and step % self.feedback_every == 0:
             self.probe(self.feedback(step // self.feedback_every * ranks() + rank()))
 
@@ -227,7 +227,7 @@ class DHTTrainer(GuardedTrainer):
             trace: Trace = model(**inputs, mode="probe").trace
         model.train(was_training)
         self._probed += float(trace.flops.sum())
-        model.policy.observe(trace, quality(trace, batch["labels"], model.config.reward))
+        model.policy.observe(trace, quality(trace, batch["labels"], model.task))
         return trace
 
 

@@ -68,12 +68,17 @@ def fake(monkeypatch):
             write_json(weights_of(settings, job.item) / "config.json", {})
         else:
             row = {"method": job.item.method, "budget": job.item.budget, "seed": job.item.seed, "accuracy": 0.5}
-            row |= dict.fromkeys(("flops_fraction", "time_fraction", "train_time_fraction"), 0.5)
-            row |= {"train_flops_fraction": 0.5, "timing": {"contended": False, "threads": 1}, "versions": {}}
+            row |= dict.fromkeys(("flops_fraction", "train_time_fraction", "train_flops_fraction"), 0.5)
+            row |= {"versions": {}}
             write_json(running.cell_file(settings, job.item), row)
         return job.item.key
 
+    def seconds_of(cell, bench, serve):
+        ran.append(f"seconds of {cell.key}")
+        return {"time_fraction": 0.5, "timing": {"contended": False, "threads": 1}}
+
     monkeypatch.setattr(running, "run_job", run_job)
+    monkeypatch.setattr(running, "seconds_of", seconds_of)
     return ran
 
 
@@ -137,7 +142,9 @@ def test_side_by_side_keeps_the_order_and_runs_the_same_jobs(settings, fake, mon
     said = []
     running.run_missing(replace(settings, jobs=3), lambda what, done, total: said.append((what, done / total)))
     jobs = running.jobs_of(replace(settings, out=settings.out / "empty"), SIZES)
-    assert sorted(fake) == sorted(job.item.key for job in jobs)
+    run, timed = fake[: len(jobs)], fake[len(jobs) :]
+    assert sorted(run) == sorted(job.item.key for job in jobs)
+    assert timed == [f"seconds of {cell.key}" for cell in running.cells_of(settings)], "in turn, after all else"
     place = {key: index for index, key in enumerate(fake)}
     for job in jobs:
         assert all(place[key.split(":", 1)[1]] < place[job.item.key] for key in job.after)
@@ -147,9 +154,20 @@ def test_side_by_side_keeps_the_order_and_runs_the_same_jobs(settings, fake, mon
 
 def test_seconds_taken_in_a_crowd_are_marked(monkeypatch):
     monkeypatch.setattr(cells.os, "cpu_count", lambda: 2)
-    for jobs, load, crowded in ((1, 1.2, False), (2, 1.2, True), (1, 3.1, True)):
+    for load, crowded in ((1.2, False), (3.1, True)):
         monkeypatch.setattr(cells.os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
-        assert cells.conditions(jobs)["contended"] is crowded
+        assert cells.conditions()["contended"] is crowded
+
+
+def test_seconds_are_measured_anew_where_they_are_missing(settings, fake):
+    running.run_missing(settings)
+    count, cell = len(fake), running.cells_of(settings)[0]
+    running.seconds_file(settings, cell).unlink()
+    row = next(row for row in running.gather(settings)["rows"] if row["method"] == cell.method)
+    assert "time_fraction" not in row
+    running.run_missing(settings)
+    assert fake[count:] == ["dense-s0", f"seconds of {cell.key}"], "the weights were dropped; the row is kept"
+    assert all(row["time_fraction"] == 0.5 for row in running.gather(settings)["rows"])
 
 
 def test_more_seeds_and_methods_extend_a_comparison(settings, fake):
@@ -283,7 +301,7 @@ def test_the_command_end_to_end(sentences, tmp_path):
     out = tmp_path / "comparison"
     call = ["compare", "--data", sentences, "--model", "preset:tiny", "--out", out, "--methods", "dht,shuffled",
             "--budgets", 0.5, "--seeds", "0,1", "--epochs", 1, "--batch-size", 16, "--max-length", 16,
-            "--device", "cpu", "--lr", 1e-3, "--timed-batches", 1, "--repeats", 1]  # fmt: skip
+            "--device", "cpu", "--lr", 1e-3, "--timed-batches", 1, "--repeats", 1, "--limit", "80,32,24"]  # fmt: skip
     result = CliRunner().invoke(app, [str(part) for part in call])
     assert result.exit_code == 0, result.output
     last = json.loads(result.stdout.splitlines()[-1])
@@ -299,9 +317,14 @@ def test_the_command_end_to_end(sentences, tmp_path):
         assert row["arm_entropy"] >= 0
         assert row["flops_fraction_p95"] >= row["flops_fraction"] * 0.5
         assert row["settings"]["epochs"] == 1
+        assert (row["settings"]["limit"], row["num_examples"]) == ([80, 32, 24], 24)
         assert row["settings"]["data"] == sentences.name, "no path of this machine in the result"
-        assert row["timing"]["jobs"] == 1
-        assert set(row["timing"]) == {"threads", "jobs", "load", "cores", "contended", "batches", "repeats"}
+        assert set(row["timing"]) == {"threads", "load", "cores", "contended", "batches", "repeats"}
+        assert 0 < row["latency_p50"] <= row["latency_p95"]
+        assert row["latency_fraction"] == row["latency_p50"] / row["dense_latency_p50"]
+        assert row["throughput"] > 0
+        assert row["time_fraction_128"] == pytest.approx(row["dense_throughput_128"] / row["throughput_128"])
+        assert 0 < row["peak_bytes"] < 1.1 * row["dense_peak_bytes"]
         assert {"torch", "transformers", "commit"} <= set(row["versions"])
         assert row["choice"]["met_on_validation"] == pytest.approx(0.5, abs=0.1)
     assert whole["regret"]["0.5-s0"]["step"]

@@ -8,6 +8,7 @@ import torch
 
 from dht.plan import Account, Decision, Exit, Trace
 from dht.policy.reward import quality, returns
+from dht.task import SingleLabel
 
 
 def trace_of(layers, costs, wants_stop, exits=()):
@@ -31,10 +32,10 @@ def test_quality_reads_every_visited_exit():
     exits = [Exit(1, torch.tensor([0, 1]), logits), Exit(2, torch.tensor([1]), logits[:1])]
     trace = trace_of([1, 2], [[0.1, 0.0], [0.1, 0.2]], [[False, False]] * 2, exits)
     labels = torch.tensor([0, 1])
-    assert quality(trace, labels, "correct").tolist() == [[1.0, 0.0], [1.0, 0.0]]
+    assert quality(trace, labels).tolist() == [[1.0, 0.0], [1.0, 0.0]]
     sure = torch.tensor(2.0, dtype=torch.float64).sigmoid().item()
     expected = torch.tensor([[sure, 0.0], [sure, 1 - sure]], dtype=torch.float64)
-    torch.testing.assert_close(quality(trace, labels, "probability"), expected)
+    torch.testing.assert_close(quality(trace, labels, SingleLabel(2, "probability")), expected)
 
 
 def test_returns_of_a_row_that_ran_as_it_wished():

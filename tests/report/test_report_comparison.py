@@ -50,7 +50,7 @@ def test_the_page_is_whole_and_safe():
 def test_the_page_says_what_is_wrong_with_the_run():
     page = comparison_page(result(contended=True, missing=3, commits=("abc", "def")))
     assert "Unfinished: 3 of 23 cells have not been run." in page
-    assert "A claim in seconds needs a run with one job on a quiet machine." in page
+    assert "A claim in seconds needs a quiet machine." in page
     assert "The rows come from 2 versions of the code: abc, def." in page
     clean = comparison_page(result())
     assert 'class="warn' not in clean

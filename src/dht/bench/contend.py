@@ -152,14 +152,14 @@ def training(
                 if policy.trains_exits:
                     mode = "explore" if learns else "exploit"
                     trace = ours(**inputs, policy=policy, mode=mode, every_exit=True, tap_gates=learns).trace
-                    loss = exit_loss(trace, labels)
+                    loss = exit_loss(trace, labels, ours.task, ours.config.distillation)
                 else:
                     output = ours(**inputs, policy=policy, labels=labels)
                     trace, loss = output.trace, output.loss
             loss.backward()
             seconds = trace.policy_seconds
             if isinstance(policy, LearnedPolicy):
-                seconds += _observe(policy, trace, quality(trace, labels, ours.config.reward), fraction)
+                seconds += _observe(policy, trace, quality(trace, labels, ours.task), fraction)
             _update(ours, optimizer)
             return Call(trace, seconds)
 

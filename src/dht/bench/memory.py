@@ -8,11 +8,14 @@ scratch) are not seen on a CPU. Never measured in a timed call.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's start and stop are no news
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DHTError
@@ -11,6 +10,7 @@ from ..hf.modeling import DHTForSequenceClassification, exit_loss
 from ..model.reference import reference
 from ..plan import Plan, Trace
 from ..policy.base import Policy
+from ..task import Task
 from .inputs import Batch
 
 OUTPUTS, GRADIENTS = 1e-4, 1e-3
@@ -65,11 +65,11 @@ def _compare_gradients(
     parameters = dict(model.encoder.named_parameters())
     model.zero_grad(set_to_none=True)
     trace = _run(model, policy, inputs, training=True)
-    exit_loss(trace, labels).backward()
+    exit_loss(trace, labels, model.task).backward()
     fast = {key: _gradient(parameter) for key, parameter in parameters.items()}
     model.zero_grad(set_to_none=True)
     exits = reference(model.encoder, Plan(trace.units), **inputs)
-    _reference_loss(exits, trace.layers, labels).backward()
+    _reference_loss(exits, trace.layers, labels, model.task).backward()
     slow = {key: _gradient(parameter) for key, parameter in parameters.items()}
     model.zero_grad(set_to_none=True)
     # A key's bias has no gradient but rounding: softmax does not see it. So small gradients are judged by the largest.
@@ -81,12 +81,12 @@ def _gradient(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
 
 
-def _reference_loss(exits: list[Tensor], layers: Tensor, labels: Tensor) -> Tensor:
-    """`exit_loss`, from the logits of all exits: cross-entropy of the exits passed, weighted with their depth."""
+def _reference_loss(exits: list[Tensor], layers: Tensor, labels: Tensor, task: Task) -> Tensor:
+    """`exit_loss`, from the logits of all exits: the loss of the exits passed, weighted with their depth."""
     total = weight = torch.zeros(len(labels), device=labels.device)
     for depth, logits in enumerate(exits, start=1):
         passed = depth * (layers >= depth).float()
-        total = total + passed * F.cross_entropy(logits, labels, reduction="none")
+        total = total + passed * task.losses(logits, labels)
         weight = weight + passed
     return (total / weight).mean()
 

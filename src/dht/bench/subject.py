@@ -52,7 +52,7 @@ def load_subject(name: str, settings: BenchSettings, device: torch.device) -> Su
     if learned:
         model, tokenizer = load_run(name, str(device))
         labels = [model.config.label_names[i] for i in range(len(model.config.label_names))]
-        data = _load(source, settings, labels)
+        data = _load(source, settings, labels, model.task.name)
     else:
         data = _load(source, settings, None)
         torch.manual_seed(settings.seed)
@@ -80,8 +80,8 @@ def _is_run(folder: Path) -> bool:
         return False
 
 
-def _load(source: str, settings: BenchSettings, labels: list[str] | None) -> TextData:
+def _load(source: str, settings: BenchSettings, labels: list[str] | None, task: str = "single") -> TextData:
     return load_data(
         source, text_column=settings.text_column, label_column=settings.label_column, seed=settings.seed,
-        splits=(), optional=SPLITS, label_names=labels,
+        splits=(), optional=SPLITS, label_names=labels, task=task,
     )  # fmt: skip

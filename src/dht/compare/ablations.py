@@ -49,7 +49,7 @@ class HiddenTree(_NoPriorTree):
     """Every decision sees the mean hidden state reached, and nothing of the exits."""
 
     def _features(self, view: View) -> Tensor:
-        return features(replace(view, layer=0, logits=None, previous=None), self.projection)
+        return features(replace(view, layer=0, logits=None, previous=None), self.projection, self.task)
 
 
 class ShuffledTree(TreePolicy):
@@ -116,6 +116,9 @@ ABLATIONS = {
     "widths-all": Ablation("training rows choose their width by UCB", options={"train_widths": "all"}),
     "exits-mean": Ablation("exits read the plain mean over tokens", options={"pooling": "mean"}),
     "units-dense": Ablation("attention heads alone; the FFN always runs whole", settings={"ffn": "dense"}),
+    "distillation-on": Ablation(
+        "half of the earlier exits' loss against the row's last exit", options={"distillation": 0.5}
+    ),
     "search-integrated": Ablation("one decision before layer 1", settings={"search": "integrated"}),
 }
 """Switches, each by the setting, option or policy that it turns."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -20,7 +20,7 @@ from .._files import write_json
 from ..data import TextData, load_data
 from ..hf.modeling import DHTForSequenceClassification
 from ..load import by_length, load_run, tokenise
-from ..measure import Batch, Outcome, report_of, run_policy, time_policy
+from ..measure import Batch, Outcome, report_of, run_policy
 from ..policy.base import Policy
 from .ablations import install
 from .matching import match_price
@@ -58,7 +58,7 @@ class Bench:
         self.sizes = sizes or sizes_of(settings.model, settings.ffn)
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self._data: tuple[int, TextData] | None = None
-        self._batches: dict[tuple[int, str], list[Batch]] = {}
+        self._batches: dict[tuple[int, str, int], list[Batch]] = {}
 
     def model(self, training: Training) -> DHTForSequenceClassification:
         """A freshly loaded model: a cell may change its policy."""
@@ -73,18 +73,18 @@ class Bench:
             s = self.settings
             self._data = seed, load_data(
                 s.data, text_column=s.text_column, label_column=s.label_column, seed=seed,
-                splits=("train", "validation"), optional=("test",),
+                splits=("train", "validation"), optional=("test",), limit=s.limit,
             )  # fmt: skip
             self._batches.clear()
         return self._data[1]
 
-    def batches(self, seed: int, split: str) -> list[Batch]:
-        """Batches of a split; a model must have been loaded before, for its tokenizer."""
-        data = self.data(seed)
-        if (seed, split) not in self._batches:
+    def batches(self, seed: int, split: str, size: int = 0) -> list[Batch]:
+        """Batches of a split; a model must have been loaded before, for its tokenizer. `size` 0 = the settings' own."""
+        data, size = self.data(seed), size or self.settings.batch_size
+        if (seed, split, size) not in self._batches:
             rows = tokenise(self.tokenizer, getattr(data, split), self.settings.max_length)
-            self._batches[seed, split] = by_length(self.tokenizer, rows, self.settings.batch_size)[0]
-        return self._batches[seed, split]
+            self._batches[seed, split, size] = by_length(self.tokenizer, rows, size)[0]
+        return self._batches[seed, split, size]
 
     def validation(self, seed: int) -> list[Batch]:
         """Batches that prices, thresholds and shapes are chosen on."""
@@ -140,12 +140,12 @@ def commit() -> str | None:
     return said[0] + ("+" if said[1] else "")
 
 
-def conditions(jobs: int) -> dict[str, Any]:
-    """Under what load the seconds were taken. Contended: our own jobs, or more at work than there are cores."""
+def conditions() -> dict[str, Any]:
+    """Under what load the seconds are taken. Contended: more was at work in the last minute than there are cores."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     cores = os.cpu_count() or 1
-    crowded = jobs > 1 or (load is not None and load > cores)
-    return {"threads": torch.get_num_threads(), "jobs": jobs, "load": load, "cores": cores, "contended": crowded}
+    crowded = load is not None and load > cores
+    return {"threads": torch.get_num_threads(), "load": load, "cores": cores, "contended": crowded}
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Cell:
 
 
 def row_of(cell: Cell, bench: Bench, serve: Callable[[Bench, float, int], Served]) -> dict[str, Any]:
-    """The finished row: what validation chose, then one reading of the test split, then seconds.
+    """The finished row but for inference seconds: what validation chose, then one reading of the test split.
 
     Args:
         serve: of the cell's method.
@@ -172,14 +172,8 @@ def row_of(cell: Cell, bench: Bench, serve: Callable[[Bench, float, int], Served
     served = serve(bench, cell.budget, seed)
     split = bench.held_out(seed)
     batches = bench.batches(seed, split)
-    outcome, timing = served.outcome, None
-    if outcome is None:
-        outcome = bench.outcome(served.model, batches, served.policy)
-        timing = time_policy(
-            cast(DHTForSequenceClassification, served.model), batches, served.policy, dtype=bench.dtype,
-            repeats=settings.repeats, most=settings.timed_batches,
-        )  # fmt: skip
-    report = report_of(outcome, timing, budget=cell.budget, seed=seed, split=split)
+    outcome = served.outcome or bench.outcome(served.model, batches, served.policy)
+    report = report_of(outcome, None, budget=cell.budget, seed=seed, split=split)
     costs = [read_record(settings, training) for training in served.used]
     dense = read_record(settings, Training("dense", seed))
     spent = sum(cost["train_flops_fraction"] for cost in costs)
@@ -191,6 +185,5 @@ def row_of(cell: Cell, bench: Bench, serve: Callable[[Bench, float, int], Served
         "train_time_fraction": seconds / dense["train_seconds"],
         "tuning_train_flops_fraction": sum(record["train_flops_fraction"] for record in tried.values()),
         "choice": served.choice, "trainings": [training.key for training in served.used],
-        "timing": conditions(settings.jobs) | {"batches": settings.timed_batches, "repeats": settings.repeats},
         "settings": settings.fixed(), "versions": bench.versions,
     }  # fmt: skip

@@ -16,6 +16,7 @@ from ..plan import Decision, Exit, Trace
 from ..policy.base import Policy, View
 from ..policy.baselines import DensePolicy
 from ..policy.learned import LearnedPolicy
+from ..task import Task
 
 
 class ShuffledPolicy(Policy):
@@ -84,19 +85,30 @@ class Cascade(nn.Module):
         """Where both models are."""
         return self.big.device
 
+    @property
+    def task(self) -> Task:
+        """The dense model's."""
+        return self.big.task
+
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, policy: Policy | None = None, **others: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        policy: Policy | None = None,
+        **others: Any,
     ) -> DHTOutput:
         """The cascade's answers; with a `policy` the big model's alone under it."""
         if policy is not None:
-            dense: DHTOutput = self.big(input_ids, attention_mask, policy=policy, **others)
+            dense: DHTOutput = self.big(input_ids, attention_mask, token_type_ids, policy=policy, **others)
             return dense
-        trace: Trace = self.small(input_ids, attention_mask, policy=self.first).trace
+        trace: Trace = self.small(input_ids, attention_mask, token_type_ids, policy=self.first).trace
         unsure = (trace.logits.float().softmax(-1).amax(-1) <= self.threshold).nonzero()[:, 0]
         if unsure.numel():
             mask = attention_mask[unsure]
             longest = int(mask.sum(-1).max())
-            second: Trace = self.big(input_ids[unsure, :longest], mask[:, :longest], policy=self.dense).trace
+            types = None if token_type_ids is None else token_type_ids[unsure, :longest]
+            second: Trace = self.big(input_ids[unsure, :longest], mask[:, :longest], types, policy=self.dense).trace
             trace.logits = trace.logits.index_copy(0, unsure, second.logits)
             trace.flops[unsure] += second.flops
             trace.units[unsure] = second.units

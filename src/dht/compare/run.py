@@ -1,7 +1,8 @@
 """Runs what a comparison has not finished yet, in one process or several, and gathers the rows.
 
 Every training and every cell is a file of its own, written when it is done, so nothing finished is ever run again and a
-kill loses no more than what was in progress.
+kill loses no more than what was in progress. Seconds come last, one cell at a time, into files of their own: remove
+those and they are measured anew.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from ..errors import DHTError, shown
 from .ablations import ABLATIONS
 from .cells import Bench, Cell, Served, read_json, row_of
 from .methods import METHODS, ours, serve_ours
+from .seconds import seconds_of
 from .settings import CompareSettings
 from .shapes import Sizes, sizes_of
 from .trainings import Training, record_of, train_model, weights_of
 from .verdict import summaries, verdicts
 
-CELL_EFFORT = 0.15
-"""About what a cell costs beside its trainings, in dense trainings: for the time left."""
+CELL_EFFORT, CLOCK_EFFORT = 0.05, 0.1
+"""About what a cell and its seconds cost beside its trainings, in dense trainings: for the time left."""
 
 Report = Callable[[str, float, float], None]
 """Called with what was just done, and the effort done and in all."""
@@ -81,9 +83,20 @@ def cell_file(settings: CompareSettings, cell: Cell) -> Path:
     return settings.out / "cells" / f"{cell.key}.json"
 
 
+def seconds_file(settings: CompareSettings, cell: Cell) -> Path:
+    """The JSON file that holds the row's seconds."""
+    return settings.out / "seconds" / f"{cell.key}.json"
+
+
 def missing_cells(settings: CompareSettings) -> list[Cell]:
     """Cells without a file."""
     return [cell for cell in cells_of(settings) if not cell_file(settings, cell).is_file()]
+
+
+def unfinished_cells(settings: CompareSettings) -> list[Cell]:
+    """Cells without a file, and those without seconds."""
+    files = (cell_file, seconds_file)
+    return [cell for cell in cells_of(settings) if not all(file(settings, cell).is_file() for file in files)]
 
 
 def jobs_of(settings: CompareSettings, sizes: Sizes) -> list[Job]:
@@ -103,11 +116,13 @@ def jobs_of(settings: CompareSettings, sizes: Sizes) -> list[Job]:
         before = [key for needed in training.needs for key in require(needed, weights=False)]
         return [add(training, before, training.effort(sizes))]
 
-    for cell in missing_cells(settings):
+    missing = set(missing_cells(settings))
+    for cell in unfinished_cells(settings):
         needs = require(Training("dense", cell.seed), weights=False)
         for training in trainings_of(cell, settings, sizes):
             needs += require(training, weights=True)
-        add(cell, needs, CELL_EFFORT)
+        if cell in missing:
+            add(cell, needs, CELL_EFFORT)
     return list(found.values())
 
 
@@ -139,13 +154,20 @@ def run_missing(settings: CompareSettings, report: Report = lambda what, done, t
     claim_comparison(settings)
     sizes = sizes_of(settings.model, settings.ffn)
     jobs = jobs_of(settings, sizes)
-    done, total = 0.0, sum(job.effort for job in jobs)
+    untimed = unfinished_cells(settings)
+    done, total = 0.0, sum(job.effort for job in jobs) + CLOCK_EFFORT * len(untimed)
     report(f"{len(missing_cells(settings))} of {len(cells_of(settings))} cells to run", done, total)
     for job, said in (_in_turn if settings.jobs == 1 else _side_by_side)(settings, sizes, jobs):
         done += job.effort
         if isinstance(job.item, Cell) and not settings.keep_models:
             _drop_weights(settings, sizes)
         report(said, done, total)
+    for cell in untimed:
+        write_json(seconds_file(settings, cell), seconds_of(cell, _bench(settings, sizes), _serve(cell)))
+        done += CLOCK_EFFORT
+        if not settings.keep_models:
+            _drop_weights(settings, sizes)
+        report(f"{cell.key}: timed", done, total)
 
 
 def _in_turn(settings: CompareSettings, sizes: Sizes, jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
@@ -178,7 +200,7 @@ def _side_by_side(settings: CompareSettings, sizes: Sizes, jobs: Sequence[Job]) 
 
 def _drop_weights(settings: CompareSettings, sizes: Sizes) -> None:
     """Removes the weights that no missing cell needs: a comparison trains more models than disks like to keep."""
-    needed = {t.key for cell in missing_cells(settings) for t in trainings_of(cell, settings, sizes)}
+    needed = {t.key for cell in unfinished_cells(settings) for t in trainings_of(cell, settings, sizes)}
     for folder in (settings.out / "models").glob("*"):
         # Only finished models: a folder without a config.json may be in the making.
         if folder.name not in needed and (folder / "config.json").is_file():
@@ -213,9 +235,14 @@ def claim_comparison(settings: CompareSettings) -> None:
 
 
 def gather(settings: CompareSettings) -> dict[str, Any]:
-    """`compare.json` of the cells that are finished: rows, means, verdicts, regret; it is written too."""
-    cells = cells_of(settings)
-    rows = [read_json(cell_file(settings, cell)) for cell in cells if cell_file(settings, cell).is_file()]
+    """`compare.json` of the cells that are there: rows, means, verdicts, regret; it is written too."""
+    cells, rows = cells_of(settings), []
+    for cell in cells:
+        parts = [
+            read_json(file(settings, cell)) for file in (cell_file, seconds_file) if file(settings, cell).is_file()
+        ]
+        if cell_file(settings, cell).is_file():
+            rows.append({key: value for part in parts for key, value in part.items()})
     regrets = {}
     for seed in settings.seeds:
         for budget in settings.budgets:

@@ -49,12 +49,12 @@ class CompareSettings:
         out: folder of the comparison; finished cells found there are kept.
         methods: names from `METHODS`. ablations: names from `ABLATIONS`.
         budgets: fractions of dense FLOPs, each in (0, 1]. seeds: one training each.
-        jobs: processes that run side by side. More than one makes every measured second a contended one.
+        jobs: processes that run side by side. Inference seconds are measured afterwards, one cell at a time.
         keep_models: keep the weights of models that no cell needs any more.
         timed_batches: batches of the test split that are timed, spread evenly over it. repeats: runs of each.
         candidates: static shapes a budget that are trained, of which validation picks one.
-        search, ffn, epochs, batch_size, lr, max_length, device, dtype, text_column, label_column: as for `dht train`,
-            the same for every method.
+        search, ffn, epochs, batch_size, lr, max_length, device, dtype, text_column, label_column, limit: as for
+            `dht train`, the same for every method.
     """
 
     data: str
@@ -79,6 +79,7 @@ class CompareSettings:
     dtype: str = "float32"
     text_column: str | None = None
     label_column: str | None = None
+    limit: tuple[int, ...] | None = None
 
     def check(self) -> None:
         """Raises `ConfigError` with every problem."""
@@ -125,7 +126,7 @@ class CompareSettings:
         """The settings of one training."""
         shared = {f.name for f in fields(TrainSettings)} & {f.name for f in fields(self)}
         kept = {name: getattr(self, name) for name in shared}
-        return TrainSettings(**kept | {"budget": budget, "seed": seed, "out": out} | changes)
+        return TrainSettings(**kept | {"budget": budget, "seed": seed, "out": out, "task": "single"} | changes)
 
     def fixed(self) -> dict[str, Any]:
         """What every cell in a folder must have been run with, as plain JSON values."""

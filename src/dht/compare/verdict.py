@@ -203,7 +203,8 @@ def _training(ours: Mapping[int, Row], rows: Sequence[Row], budget: float) -> It
 
 FIELDS = (
     "accuracy", "macro_f1", "flops_fraction", "flops_fraction_p95", "time_fraction", "train_flops_fraction",
-    "train_time_fraction", "arm_entropy", "policy_time_fraction", "mean_layers", "mean_heads",
+    "train_time_fraction", "arm_entropy", "policy_time_fraction", "mean_layers", "mean_heads", "latency_fraction",
+    "time_fraction_128", "peak_bytes",
 )  # fmt: skip
 
 

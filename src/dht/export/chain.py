@@ -18,6 +18,7 @@ from ..onnx import CHAIN_FILE, CHAIN_VERSION, POLICY_FILE, ChainRunner
 from ..policy.integrated import IntegratedPolicy
 from ..policy.learned import LearnedPolicy
 from ..policy.tree import TreePolicy
+from ..task import SingleLabel
 from .graphs import EmbeddingsGraph, LayerGraph
 from .onnx_file import TOLERANCE, latency_ms, sample_rows, write_onnx
 
@@ -42,10 +43,15 @@ def export_chain(
         latencies of one row in ms on onnxruntime and on torch.
 
     Raises:
-        DHTError: the model chooses among several head sets a width, the chain does not agree with torch, or the folder
-            cannot be written.
+        DHTError: the model is for another task than single labels or chooses among several head sets a width, the
+            chain does not agree with torch, or the folder cannot be written.
     """
     policy, config = model.policy, model.config
+    if not isinstance(model.task, SingleLabel):
+        raise DHTError(
+            f"--format onnx-chain: the model is for {model.task.name}, and the chain reads exits of single labels; "
+            "export a plan with --format onnx"
+        )
     if policy.max_sets != 1:
         raise DHTError(
             f"--format onnx-chain: the model chooses among head_sets={policy.max_sets} sets for every width, and the "

@@ -13,6 +13,7 @@ from ..errors import DHTError
 from ..hf.convert import export
 from ..hf.modeling import DHTForSequenceClassification
 from ..policy.baselines import DensePolicy
+from ..task import Embedding
 from .graphs import EmbeddingsGraph, LayerGraph
 from .onnx_file import TOLERANCE, sample_rows
 
@@ -33,8 +34,8 @@ def export_dense(
         out: the folder.
 
     Returns:
-        head: True if the classifier came along. rows_checked, and max_difference of its logits, or of the last hidden
-        states.
+        head: True if the classifier came along (left out for embeddings, which have none). rows_checked, and
+        max_difference of its logits, or of the last hidden states.
 
     Raises:
         DHTError: the weights came from no family, the two do not agree, or the folder cannot be written.
@@ -42,9 +43,11 @@ def export_dense(
     dense = export(model).eval()
     rows = sample_rows(model, types, CHECKED_ROWS, 32)
     with torch.inference_mode():
-        expected = model(**rows, policy=DensePolicy(model.config.num_attention_heads)).logits
-        difference = float((dense(**rows).logits - expected).abs().max())
-        head = difference <= TOLERANCE
+        head, embeds = False, isinstance(model.task, Embedding)
+        if not embeds:
+            expected = model(**rows, policy=DensePolicy(model.config.num_attention_heads)).logits
+            difference = float((dense(**rows).logits - expected).abs().max())
+            head = difference <= TOLERANCE
         if not head:
             body: PreTrainedModel = dense.base_model
             keep = rows["attention_mask"].bool()
@@ -58,7 +61,8 @@ def export_dense(
     with atomic_dir(out) as fresh:
         dense.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
-    return {"head": head, "rows_checked": CHECKED_ROWS, "max_difference": difference}
+    report = {"rows_checked": CHECKED_ROWS, "max_difference": difference}
+    return report if embeds else {"head": head} | report
 
 
 def _states(model: DHTForSequenceClassification, rows: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -10,6 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .._labels import EMBEDDING, REGRESSION, SINGLE
 from ..errors import ConfigError, shown
 
 FORMAT_VERSION = 1
@@ -28,6 +29,8 @@ _REAL = {
     "hidden_dropout_prob": (0.0, 1.0), "attention_probs_dropout_prob": (0.0, 1.0), "layer_norm_eps": (0.0, 1.0),
     "initializer_range": (0.0, 1e6), "ridge": (0.0, 1e300), "forgetting": (0.0, 1.0), "alpha": (0.0, 1e300),
     "sigma": (0.0, 1e300), "unit_weight": (0.0, 1e300), "exploration": (0.0, 1.0), "budget": (0.0, 1.0),
+    "distillation": (0.0, 1.0),
+    "label_mean": (-1e300, 1e300), "label_std": (0.0, 1e300),
 }  # fmt: skip
 """Real numbers, likewise; a few must be above the lower end, which `check` looks at."""
 
@@ -72,7 +75,12 @@ class DHTConfig(PreTrainedConfig):
         exploration: share of training steps that run every layer and every unit: no layer starves, every unit is paid.
         head_sets: G, distinct head sets per layer and width that a batch may use.
         reward: "correct" or "probability", the quality of an exit.
+        distillation: share of the loss of a row's earlier exits in which its last exit's answer is the label.
         class_weights: what a row of each class counts in the loss; None = 1.
+        problem_type: "single_label_classification" (None means it too), "multi_label_classification" or "regression"
+            (None with one output); the task (`dht.task`).
+        head: what the exits give: "classifier" (logits of classes, or a number) or "embedding" (a vector, `dht.embed`).
+        label_mean, label_std: of a regression's training labels; its loss and reward are in units of them.
         budget: the fraction of dense FLOPs that the model was trained for.
         policy_seed: seed of the policy's draws.
     """
@@ -123,6 +131,10 @@ class DHTConfig(PreTrainedConfig):
     exploration: float = 0.02
     head_sets: int = 1
     reward: str = "correct"
+    head: str = "classifier"
+    label_mean: float | int = 0.0
+    label_std: float | int = 1.0
+    distillation: float | int = 0.0
     class_weights: list[float] | None = None
     budget: float = 1.0
     policy_seed: int = 0
@@ -196,6 +208,7 @@ class DHTConfig(PreTrainedConfig):
             "search": ("tree", "integrated"),
             "ffn": ("coupled", "dense"),
             "reward": ("correct", "probability"),
+            "head": ("classifier", "embedding"),
         }.items():
             got = getattr(self, name)
             need(got in allowed, f"{name}: got {got!r}, allowed: {', '.join(map(str, allowed))}")
@@ -215,6 +228,7 @@ class DHTConfig(PreTrainedConfig):
         right = weights is None or (len(weights) == classes and all(0 <= w < math.inf for w in weights))
         need(right, f"class_weights: got {weights}, must be {classes} finite numbers of at least 0, one a class")
         need(self.head_sets >= 1, f"head_sets: got {self.head_sets}, must be at least 1")
+        problems += self._wrong_for_task()
         told = {problem.split(":")[0] for problem in problems}
         for name, (least, most) in {**_WHOLE, **_REAL}.items():
             got = getattr(self, name)
@@ -222,6 +236,33 @@ class DHTConfig(PreTrainedConfig):
                 need(least <= got <= most, f"{name}: got {got}, must be in {least:g}..{most:g}")
         if problems:
             raise ConfigError(problems)
+
+    def _wrong_for_task(self) -> list[str]:
+        """What does not go with the task: a setting that would be ignored is wrong too."""
+        problem, outputs, mean, std = self.problem_type, len(self.label_names), self.label_mean, self.label_std
+        if self.head == "embedding":
+            task = EMBEDDING
+        else:
+            task = problem or (REGRESSION if outputs == 1 else SINGLE)
+        numeric, plain = task == REGRESSION, task in (REGRESSION, EMBEDDING)
+        found = (
+            (task == EMBEDDING and problem is not None, f"problem_type: got {problem!r}, an embedding has none"),
+            (numeric and outputs != 1, f"problem_type: {task!r} has one output, got {outputs}"),
+            (
+                task != SINGLE and self.class_weights is not None,
+                f"class_weights: got {self.class_weights}, but the task {task!r} takes none",
+            ),
+            (
+                plain and self.reward != "correct",
+                f"reward: got {self.reward!r}, but the task {task!r} takes only 'correct'",
+            ),
+            (std <= 0, f"label_std: got {std}, must be above 0"),
+            (
+                not numeric and (mean, std) != (0, 1),
+                f"label_mean, label_std: got {mean:g}, {std:g}, only for a regression",
+            ),
+        )
+        return [what for wrong, what in found if wrong]
 
     def _wrong_types(self) -> list[str]:
         kinds: tuple[tuple[Iterable[str], Callable[[Any], bool], str], ...] = (

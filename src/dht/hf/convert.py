@@ -37,20 +37,31 @@ def convert(model: PreTrainedModel, num_labels: int | None = None, **settings: A
     labelled: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     if num_labels is None and getattr(source, "id2label", None):
         labelled = {"id2label": source.id2label, "label2id": source.label2id}
-    keeps_head = hasattr(model, "classifier") and (num_labels is None or num_labels == source.num_labels)
+    keeps_head = (
+        hasattr(model, "classifier")
+        and settings.get("head") != "embedding"
+        and (num_labels is None or num_labels == source.num_labels)
+    )
     if keeps_head:  # the checkpoint's own head reads the first token, unless it says otherwise
         labelled["last_pooling"] = getattr(source, "classifier_pooling", "cls")
+        if source.problem_type is not None:
+            settings = {"problem_type": source.problem_type} | settings
     config = DHTConfig(**settings_of(source), **labelled, **settings)
     dynamic = DHTForSequenceClassification(config)
     prefix = f"{model.base_model_prefix}."
     state = {name.removeprefix(prefix): tensor for name, tensor in model.state_dict().items()}
     with torch.no_grad():
-        if f"{family.pooler}.weight" in state:  # many a base model comes without
+        if f"{family.pooler}.weight" in state and config.head == "classifier":  # many a base model comes without
             for exit_ in dynamic.encoder.exits:
                 exit_.dense.weight.copy_(state[f"{family.pooler}.weight"])
                 exit_.dense.bias.copy_(state[f"{family.pooler}.bias"])
         for names, ours in _counterparts(dynamic, family, keeps_head):
             ours.copy_(torch.cat([state[name] for name in names]).view(ours.shape))
+        if keeps_head:
+            mean, std = config.label_mean, config.label_std
+            last = dynamic.encoder.exits[-1].classifier
+            last.weight.div_(std)
+            last.bias.sub_(mean).div_(std)
     dynamic.policy.restart()
     return dynamic
 
@@ -147,16 +158,20 @@ def export(dynamic: DHTForSequenceClassification) -> PreTrainedModel:
         raise DHTError(
             f"model: {config.source!r} has no counterpart in transformers; what has: {', '.join(sorted(FAMILIES))}"
         )
-    plain: PreTrainedModel = AutoModelForSequenceClassification.from_config(
-        AutoConfig.for_model(config.source, **source_settings(config))
-    )
+    embeds = config.head == "embedding"
+    kind = AutoModel if embeds else AutoModelForSequenceClassification
+    plain: PreTrainedModel = kind.from_config(AutoConfig.for_model(config.source, **source_settings(config)))
     own = plain.state_dict()
     state: dict[str, Tensor] = {}
-    for names, ours in _counterparts(dynamic, family, head=True):
+    for names, ours in _counterparts(dynamic, family, head=not embeds):
         full = [name if name in own else f"{plain.base_model_prefix}.{name}" for name in names]
         theirs = ours.detach().reshape(-1, *own[full[0]].shape[1:])
         state |= dict(zip(full, theirs.chunk(len(full)), strict=True))
+    if not embeds:
+        at = f"{family.classifier}."
+        state[at + "weight"] = state[at + "weight"] * config.label_std  # theirs answers in the labels' unit by itself
+        state[at + "bias"] = state[at + "bias"] * config.label_std + config.label_mean
     missing, unexpected = plain.load_state_dict(state, strict=False)
-    lost = [name for name in missing if "position_ids" not in name]
+    lost = [name for name in missing if "position_ids" not in name and not (embeds and name.startswith("pooler."))]
     assert not [*lost, *unexpected], f"name map of {config.source} is incomplete: {lost} {unexpected}"
     return plain

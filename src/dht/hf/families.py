@@ -193,6 +193,8 @@ def source_settings(config: DHTConfig) -> dict[str, Any]:
     family = FAMILIES[config.source]
     settings = {theirs: getattr(config, ours) for ours, theirs in family.settings.items()}
     settings |= {"id2label": config.id2label, "label2id": config.label2id}
+    if config.problem_type is not None:
+        settings["problem_type"] = config.problem_type
     if family.rotary:
         assert config.rotary_thetas is not None
         assert config.windows is not None

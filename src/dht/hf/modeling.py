@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
@@ -20,12 +19,13 @@ from transformers.utils.hub import cached_file
 from ..errors import ConfigError
 from ..manifest import COMPLETE, MANIFEST, verify
 from ..model.block import Block
-from ..model.encoder import Encoder, ExitHead
+from ..model.encoder import Encoder, ExitHead, Map
 from ..model.execute import execute
 from ..plan import Mode, Trace
 from ..policy.base import Policy
 from ..policy.integrated import IntegratedPolicy
 from ..policy.tree import TreePolicy
+from ..task import SINGLE_LABEL, Task, task_of
 from .configuration import DHTConfig
 
 
@@ -72,7 +72,9 @@ class DHTForSequenceClassification(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Block | ExitHead):
+        if isinstance(module, Map) and not getattr(module.weight, "_is_hf_initialized", False):
+            module.reset_parameters()
+        elif isinstance(module, Block | ExitHead):
             for name, parameter in module.named_parameters(recurse=False):
                 if not getattr(parameter, "_is_hf_initialized", False):
                     zero = name.endswith(("bias", "queries"))
@@ -97,6 +99,11 @@ class DHTForSequenceClassification(PreTrainedModel):
         if state:
             model.policy.load_state_dict({k: v.to(model.device) for k, v in state.items()}, assign=True)
         return loaded
+
+    @property
+    def task(self) -> Task:
+        """What the model is for, as its configuration says."""
+        return task_of(self.config)
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         """As in `transformers`, block by block.
@@ -153,7 +160,8 @@ class DHTForSequenceClassification(PreTrainedModel):
             input_ids: int64 [B, T].
             attention_mask: [B, T], 1 at real tokens.
             token_type_ids: int64 [B, T].
-            labels: int64 [B]; adds the loss over all visited exits.
+            labels: int64 [B], float [B, C] (several labels), float [B] (regression) or float [B, D] (the full model's
+                embeddings); adds the loss over all visited exits.
             policy: what decides; None = `active_policy`, else the learned policy.
             mode: exploit (default), explore or probe.
             every_exit: compute every exit passed, even if the policy does not read them.
@@ -170,7 +178,7 @@ class DHTForSequenceClassification(PreTrainedModel):
             every_exit=every_exit or (labels is not None and chosen.trains_exits),
             tap_gates=tap_gates,
         )
-        loss = None if labels is None else exit_loss(trace, labels, self.config.class_weights)
+        loss = None if labels is None else exit_loss(trace, labels, self.task, self.config.distillation)
         output = DHTOutput(loss=loss, logits=trace.logits, trace=trace)
         return output if return_dict is not False else output.to_tuple()
 
@@ -189,18 +197,26 @@ def _policy_state(path: str | Path, where: dict[str, Any]) -> dict[str, Tensor]:
     return state
 
 
-def exit_loss(trace: Trace, labels: Tensor, class_weights: list[float] | None = None) -> Tensor:
-    """Mean over rows of the cross-entropy of each row's visited exits, deeper exits weighing more (layer number).
+def exit_loss(trace: Trace, labels: Tensor, task: Task = SINGLE_LABEL, distillation: float = 0.0) -> Tensor:
+    """Mean over rows of the loss of each row's visited exits, deeper exits weighing more (layer number).
 
     Args:
-        labels: int64 [B].
-        class_weights: what a row of each class counts; None = 1. The mean is over rows, not over their weights.
+        labels: [B, ...], as the task takes them.
+        task: says what the loss of an exit is. Where classes have weights, the mean is still over rows.
+        distillation: share of the loss of a row's earlier exits in which its last exit's answer is the label.
+
+    Raises:
+        ValueError: labels of a type or shape that the task does not take.
     """
-    by_class = None if class_weights is None else torch.tensor(class_weights, device=labels.device)
+    task.check(labels, trace.logits)
     total = trace.exits[0].logits.new_zeros(labels.shape[0], dtype=torch.float32)
     weight = torch.zeros_like(total)
+    answers = task.as_labels(trace.logits.detach()) if distillation else labels
     for exit_ in trace.exits:
-        loss = F.cross_entropy(exit_.logits.float(), labels[exit_.rows], by_class, reduction="none")
+        loss = task.losses(exit_.logits, labels[exit_.rows])
+        if distillation:  # the last exit imitates nobody
+            imitates = distillation * (trace.layers[exit_.rows] > exit_.layer)
+            loss = loss.lerp(task.losses(exit_.logits, answers[exit_.rows]), imitates.to(loss.dtype))
         total = total.index_add(0, exit_.rows, exit_.layer * loss)
         weight = weight.index_add(0, exit_.rows, torch.full_like(loss, exit_.layer).detach())
     return (total / weight).mean()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
@@ -146,6 +146,7 @@ class ExitHead(nn.Module):
         bias: False for a dense layer without bias.
         norm: applied after the activation; None = nothing is.
         dropout: probability before the classifier, used in training mode.
+        mean, std: what the classifier's output times `std` plus `mean` is in the unit of the labels (regression).
     """
 
     def __init__(
@@ -159,6 +160,8 @@ class ExitHead(nn.Module):
         bias: bool = True,
         norm: nn.LayerNorm | None = None,
         dropout: float = 0.0,
+        mean: float = 0.0,
+        std: float = 1.0,
     ) -> None:
         super().__init__()
         self.pooling = pooling
@@ -168,6 +171,7 @@ class ExitHead(nn.Module):
         self.norm = norm or nn.Identity()
         self.classifier = nn.Linear(width, classes)
         self.dropout = nn.Dropout(dropout)
+        self.unit = None if (mean, std) == (0.0, 1.0) else (float(mean), float(std))
 
     def pool(self, rows: Packed) -> Tensor:
         """[R, D], what the classifier reads of each row."""
@@ -179,7 +183,32 @@ class ExitHead(nn.Module):
         """Logits [R, C] of `pooled` [R, D]."""
         read = self.norm(self.activation(self.dense(pooled)))
         logits: Tensor = self.classifier(self.dropout(read))
+        if self.unit is not None:
+            logits = logits.float() * self.unit[1] + self.unit[0]
         return logits
+
+
+class Map(nn.Linear):
+    """A linear map that starts as the identity."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The map becomes the identity."""
+        nn.init.eye_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class EmbeddingHead(ExitHead):
+    """The exit of an embedding model: the mean over a row's tokens, mapped.
+
+    Embeddings of different depths can only be compared in one space, that of the last exit.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 1, 1, pooling="mean")
+        self.dense = Map(width, width)
+        self.activation = nn.Identity()
+        self.classifier = nn.Identity()  # type: ignore[assignment]
 
 
 class Encoder(nn.Module):
@@ -231,18 +260,12 @@ class Encoder(nn.Module):
         self.norms_tokens = modern
         buckets = config.relative_attention_num_buckets
         self.position_bias = RelativePositionBias(buckets, heads) if buckets else None
-        classes = len(config.label_names)
-        head = partial(ExitHead, width, heads, classes, dropout=config.hidden_dropout_prob)
-        last = head(
-            pooling=config.last_pooling or config.pooling,
-            activation=config.last_activation,
-            bias=config.last_bias,
-            norm=norm() if config.last_norm else None,
-        )
-        self.exits: Stack[ExitHead] = Stack([*(head(pooling=config.pooling) for _ in range(layers - 1)), last])
+        self.exits: Stack[ExitHead] = Stack(_exits(config, norm))
+        embeds = config.head == "embedding"
         self.cost = CostModel(
-            width, heads, config.intermediate_size, layers, classes, config.ffn == "coupled", last.queries is not None,
-            config.gated_ffn, config.embedding_size or width,
+            width, heads, config.intermediate_size, layers, 0 if embeds else len(config.label_names),
+            config.ffn == "coupled", self.exits[-1].queries is not None, config.gated_ffn,
+            config.embedding_size or width,
         )  # fmt: skip
 
     @property
@@ -266,3 +289,21 @@ class Encoder(nn.Module):
     def attends(self, layer: int) -> bool:
         """True if the exit after `layer` in 1..N scores every token (see `CostModel.exit`)."""
         return self.exits[layer - 1].queries is not None
+
+
+def _exits(config: DHTConfig, norm: Callable[[], nn.LayerNorm]) -> list[ExitHead]:
+    """One exit a layer; the last may be another kind of classifier than the others."""
+    width, layers = config.hidden_size, config.num_hidden_layers
+    if config.head == "embedding":
+        return [EmbeddingHead(width) for _ in range(layers)]
+    head = partial(
+        ExitHead, width, config.num_attention_heads, len(config.label_names), dropout=config.hidden_dropout_prob,
+        mean=config.label_mean, std=config.label_std,
+    )  # fmt: skip
+    last = head(
+        pooling=config.last_pooling or config.pooling,
+        activation=config.last_activation,
+        bias=config.last_bias,
+        norm=norm() if config.last_norm else None,
+    )
+    return [*(head(pooling=config.pooling) for _ in range(layers - 1)), last]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..plan import Decision, Plan
+from ..task import SINGLE_LABEL, Task
 from .base import Policy, View, run_all
 
 
@@ -86,18 +87,18 @@ class DepthPolicy(Policy):
 
 
 class ConfidencePolicy(DepthPolicy):
-    """Leaves once the exit's largest probability passes `threshold`."""
+    """Leaves once the exit's confidence (of single labels, the largest probability) passes `threshold`."""
 
     name = "confidence"
     reads_exits = True
 
-    def __init__(self, sets: Tensor, threshold: float) -> None:
+    def __init__(self, sets: Tensor, threshold: float, task: Task = SINGLE_LABEL) -> None:
         super().__init__(sets)
-        self.threshold = threshold
+        self.threshold, self.task = threshold, task
 
     def stops(self, view: View) -> Tensor:
         assert view.logits is not None, "reads_exits is set"
-        return view.logits.float().softmax(-1).amax(-1) > self.threshold
+        return self.task.confidence(view.logits) > self.threshold
 
 
 class PatiencePolicy(DepthPolicy):
@@ -111,14 +112,14 @@ class PatiencePolicy(DepthPolicy):
     name = "patience"
     reads_exits = True
 
-    def __init__(self, sets: Tensor, patience: float) -> None:
+    def __init__(self, sets: Tensor, patience: float, task: Task = SINGLE_LABEL) -> None:
         super().__init__(sets)
-        self.patience = patience
+        self.patience, self.task = patience, task
 
     def stops(self, view: View) -> Tensor:
         table, _ = view.trace.exit_table()
-        answers = table.argmax(-1)[view.rows, : view.layer]
-        same = (answers == answers[:, -1:]).flip(-1).long().cumprod(-1).sum(-1) - 1
+        passed = table[view.rows, : view.layer]
+        same = self.task.agree(passed[:, 1:], passed[:, :-1]).flip(-1).long().cumprod(-1).sum(-1)
         whole = int(self.patience)
         need = whole + (token_hash(view)[view.rows] < self.patience - whole).long()
         return same >= need

@@ -12,6 +12,7 @@ from ..bandit.posterior import LinearPosterior
 from ..bandit.thompson import codebook, mean_scores, nearest_in_codebook, sample_scores
 from ..cost import CostModel
 from ..plan import Decision, Trace
+from ..task import task_of
 from .base import Policy, View
 from .budget import price_for
 from .context import EXIT_FEATURES, features
@@ -55,6 +56,7 @@ class LearnedPolicy(Policy):
     def __init__(self, config: DHTConfig, num_arms: int) -> None:
         super().__init__()
         self.layers, self.heads = config.num_hidden_layers, config.num_attention_heads
+        self.task = task_of(config)
         self.widths = [int(width) for width in config.widths or []]
         directions = config.context_projection or 0
         self.num_features = EXIT_FEATURES + directions
@@ -185,7 +187,7 @@ class LearnedPolicy(Policy):
         return torch.cat(sets) if sets else torch.ones(1, self.heads, dtype=torch.bool, device=device), choice
 
     def _features(self, view: View) -> Tensor:
-        return features(view, self.projection)
+        return features(view, self.projection, self.task)
 
     def _shares(self, device: torch.device) -> Tensor:
         """float64 [K], x = k / H of every width."""

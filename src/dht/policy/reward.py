@@ -6,22 +6,18 @@ import torch
 from torch import Tensor
 
 from ..plan import Trace
+from ..task import SINGLE_LABEL, Task
 
 
-def quality(trace: Trace, labels: Tensor, kind: str = "correct") -> Tensor:
+def quality(trace: Trace, labels: Tensor, task: Task = SINGLE_LABEL) -> Tensor:
     """float64 [B, N], quality of each visited exit; 0 where a row did not pass.
 
     Args:
-        labels: int64 [B], the true classes.
-        kind: "correct": 1 if the exit's answer is right. "probability": the true label's probability (less noise, but
-            a deep exit that is only surer looks better).
+        labels: [B, ...], the truth as the task takes it.
+        task: says what an answer is worth.
     """
     logits, visited = trace.exit_table()
-    if kind == "correct":
-        value = (logits.argmax(-1) == labels[:, None]).to(torch.float64)
-    else:
-        value = logits.double().softmax(-1).gather(-1, labels[:, None, None].expand(-1, logits.shape[1], 1))[..., 0]
-    return value * visited
+    return task.quality(logits, labels[:, None]) * visited
 
 
 def returns(trace: Trace, quality: Tensor) -> tuple[Tensor, Tensor]:

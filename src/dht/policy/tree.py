@@ -12,7 +12,6 @@ from ..bandit.posterior import LinearPosterior
 from ..bandit.ucb import choose, ucb_index
 from ..plan import Decision, Trace
 from .base import View
-from .context import exit_features
 from .learned import LearnedPolicy
 from .reward import returns
 
@@ -41,7 +40,6 @@ class TreePolicy(LearnedPolicy):
 
     def __init__(self, config: DHTConfig) -> None:
         super().__init__(config, 2 * config.num_hidden_layers)
-        self.classes = int(config.num_labels or 2)
         self._kept_for: tuple[float, ...] = ()
         self._kept: dict[int, Tensor] = {}
         object.__setattr__(self, "_believed", None)
@@ -179,17 +177,17 @@ class TreePolicy(LearnedPolicy):
         Length, agreement with the exit before and its confidence vary freely: a prior that held them still would say
         nothing of them, and a few hundred rewards would fill in noise.
         """
+        least = self.task.least_sure + 0.01
         grid = torch.cartesian_prod(
-            torch.linspace(1 / self.classes + 0.01, 0.99, 25, dtype=torch.float64),
+            torch.linspace(least, 0.99, 25, dtype=torch.float64),
             torch.tensor([0.3, 0.5, 0.7], dtype=torch.float64),
             torch.tensor([0.0, 1.0], dtype=torch.float64),
-            torch.linspace(1 / self.classes + 0.01, 0.99, 4, dtype=torch.float64),
+            torch.linspace(least, 0.99, 4, dtype=torch.float64),
         )
         sure = grid[:, 0]
-        rest = ((1 - sure) / (self.classes - 1))[:, None].expand(-1, self.classes - 1)
         phi = torch.zeros(len(grid), self.num_features, dtype=torch.float64)
         phi[:, 0], phi[:, 1], phi[:, 6:8] = 1.0, grid[:, 1], grid[:, 2:]
-        phi[:, 2:6], _ = exit_features(torch.cat([sure[:, None], rest], 1))
+        phi[:, 2:6] = self.task.typical(sure)
         return phi, sure
 
     @torch.no_grad()

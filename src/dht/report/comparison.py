@@ -117,10 +117,13 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
     said = []
     if result["missing"]:
         said.append(f"Unfinished: {result['missing']} of {result['cells']} cells have not been run.")
-    if any(row["timing"]["contended"] for row in result["rows"]):
+    timings = [row.get("timing") for row in result["rows"] if row["method"] != "oracle"]
+    if untimed := timings.count(None):
+        said.append(f"The seconds of {untimed} cells have not been measured.")
+    if any(timing and timing["contended"] for timing in timings):
         said.append(
-            "Some cells ran beside other work on the same machine: their seconds are ratios measured in turn within "
-            "one process, but contended ones. A claim in seconds needs a run with one job on a quiet machine."
+            "Some cells were timed beside other work on the same machine: their seconds are ratios measured in turn "
+            "within one process, but contended ones. A claim in seconds needs a quiet machine."
         )
     commits = {row["versions"]["commit"] for row in result["rows"]}
     if len(commits) > 1:
@@ -219,7 +222,9 @@ def mean_curves(curves: Mapping[str, Entry]) -> dict[str, dict[str, list[float]]
 def _versions(rows: Sequence[Entry]) -> list[tuple[str, str]]:
     found: dict[str, dict[str, None]] = {}
     for row in rows:
-        for key, value in (row["versions"] | {"threads": row["timing"]["threads"]}).items():
+        for key, value in (
+            row["versions"] | ({"threads": row["timing"]["threads"]} if row.get("timing") else {})
+        ).items():
             found.setdefault(key, {})[str(value)] = None
     return [(key, ", ".join(values)) for key, values in found.items()]
 

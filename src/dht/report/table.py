@@ -15,6 +15,15 @@ from rich.text import Text
 
 MISSING = "–"
 HISTOGRAM_WIDTH = 40  # characters of the longest bar
+BESIDE = {
+    "accuracy": ("macro_f1",),
+    "micro_f1": ("macro_f1", "subset_accuracy"),
+    "r2": ("mae", "rmse", "pearson", "spearman"),
+    "cosine": ("ranking", "neighbour_agreement"),
+}
+"""What a report names as its `metric` -> figures that are told beside it."""
+NO_SHARES = ("r2", "mae", "rmse", "pearson", "spearman", "cosine", "ranking")
+"""Figures that are not told as percentages."""
 
 
 def finite(value: Any) -> float | None:
@@ -72,18 +81,20 @@ def summary_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -
         title: a line above the table.
 
     Returns:
-        A table with accuracy, inference FLOPs and seconds, training FLOPs and seconds, mean layers and mean heads.
-        FLOPs are fractions of the dense model's; the percentage after seconds is the same for time.
+        A table with accuracy (or what the reports name as their `metric`), inference FLOPs and seconds, training FLOPs
+        and seconds, mean layers and mean heads. FLOPs are fractions of the dense model's; the percentage after seconds
+        is the same for time.
     """
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("model", overflow="fold", min_width=6, max_width=16)
     time = ("seconds\n(of dense)", "training s\n(of dense)")
-    for header in ("accuracy", "FLOPs", time[0], "training\nFLOPs", time[1], "layers", "heads"):
+    metric = next((str(row["metric"]) for row in rows if row.get("metric")), "accuracy")
+    for header in (metric.replace("_", " "), "FLOPs", time[0], "training\nFLOPs", time[1], "layers", "heads"):
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             Text(str(row.get("name") or row.get("policy") or MISSING)),
-            percent(row.get("accuracy")),
+            _figure(row, metric),
             percent(row.get("flops_fraction")),
             _seconds_of_dense(row, ""),
             percent(row.get("train_flops_fraction")),
@@ -104,7 +115,7 @@ def dense_row(report: Mapping[str, Any]) -> dict[str, Any]:
     """The dense model's row, made of what a report says about its own denominator."""
     return {
         "name": "dense",
-        "accuracy": report.get("dense_accuracy"),
+        **{name: report.get(f"dense_{name}") for name in ("accuracy", str(report.get("metric")))},
         "flops_fraction": 1.0,
         "time_fraction": 1.0 if finite(report.get("dense_seconds")) is not None else None,
         "seconds": report.get("dense_seconds"),
@@ -156,8 +167,14 @@ def layers_bars(histogram: Iterable[int]) -> Text:
     return Text("\n".join(lines))
 
 
+def _figure(report: Mapping[str, Any], name: str) -> str:
+    return decimal(report.get(name), 3) if name in NO_SHARES else percent(report.get(name))
+
+
 def _settings_line(report: Mapping[str, Any]) -> str:
-    parts = [f"samples {report.get('num_examples', MISSING)}", f"macro F1 {percent(report.get('macro_f1'))}"]
+    parts = [f"samples {report.get('num_examples', MISSING)}"]
+    beside = BESIDE.get(str(report.get("metric")), BESIDE["accuracy"])
+    parts += [f"{name.replace('_', ' ').replace('f1', 'F1')} {_figure(report, name)}" for name in beside]
     parts.append(f"budget {percent(report.get('budget'))}")
     parts += [f"{key} {report[key]}" for key in ("policy", "search", "seed") if report.get(key) is not None]
     parts.append(f"policy time {percent(report.get('policy_time_fraction'))}")

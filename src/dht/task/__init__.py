@@ -1,0 +1,30 @@
+"""What a model is for, one class a task: made from the model's configuration, and holding nothing that is learned."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .base import SEEN, Task
+from .embedding import Embedding
+from .multi import MultiLabel
+from .regression import Regression
+from .single import SINGLE_LABEL, SingleLabel
+
+if TYPE_CHECKING:
+    from ..hf.configuration import DHTConfig
+
+__all__ = ["SEEN", "SINGLE_LABEL", "Embedding", "MultiLabel", "Regression", "SingleLabel", "Task", "task_of"]
+
+
+def task_of(config: DHTConfig) -> Task:
+    """The task that a configuration names; as in `transformers`, a single output is a regression."""
+    outputs = len(config.label_names)
+    if config.head == "embedding":
+        return Embedding()
+    problem = config.problem_type or (Regression.name if outputs == 1 else SingleLabel.name)
+    if problem == MultiLabel.name:
+        return MultiLabel(config.reward)
+    if problem == Regression.name:
+        return Regression(float(config.label_mean), float(config.label_std))
+    weights = config.class_weights
+    return SingleLabel(outputs, config.reward, None if weights is None else tuple(float(w) for w in weights))
