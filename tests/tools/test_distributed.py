@@ -1,4 +1,6 @@
-"""Two real processes: one policy on both, as if one process had seen all rows; ranks that skip different layers."""
+"""Two real processes: one policy on both, as if one process had seen all rows, also after resuming; ranks that skip
+different layers.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,16 @@ HERE = Path(__file__).parent
 
 def test_two_ranks_are_one_trainer(tmp_path):
     launch("accelerate", HERE / "two_ranks.py", tmp_path)
-    for name in ("exact", "full"):
+    for name in ("exact", "full", "resumed"):
         ranks = [load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in range(2)]
         for key, value in ranks[0].items():
             assert torch.equal(value, ranks[1][key]), f"{name}: {key} differs between the ranks"
         first, second = ((tmp_path / f"{name}-{rank}.json").read_text() for rank in range(2))
         assert first == second, "every rank's ledger counts the work of all"
+    for key, value in load_file(tmp_path / "full-0.safetensors").items():
+        assert torch.equal(value, load_file(tmp_path / "resumed-0.safetensors")[key]), f"{key} differs after resuming"
+    whole, resumed = (json.loads((tmp_path / f"{name}-0.json").read_text()) for name in ("full", "resumed"))
+    assert whole == resumed
     # Nothing forgotten: two ranks are one process that accumulates their batches.
     state, ledger = two_ranks.ending(two_ranks.trained(tmp_path, accumulate=2, forgetting=1.0))
     for key, value in load_file(tmp_path / "exact-0.safetensors").items():

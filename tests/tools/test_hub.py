@@ -22,7 +22,7 @@ from transformers import (
     pipeline,
 )
 
-from builders import batch
+from builders import batch, dynamic_model
 from dht.hf.card import CARD, card, write_card
 
 REPORT = {
@@ -200,11 +200,48 @@ def test_the_card_says_how_to_load_it(run, model, tokenizer, monkeypatch):
     write_card(run, model, REPORT)
     text = (run / CARD).read_text()
     assert "fractions from 0.20 to 0.80" in text
-    folder = run.parent / "OWNER" / "mine"
-    shutil.copytree(run, folder)
+    served = _followed(run, monkeypatch)["served"]
+    assert float(served.model.policy.price) != float(model.policy.price)
+    assert Path("OWNER/mine").is_dir()
+
+
+def _followed(run, monkeypatch):
+    """The names that the card's code leaves."""
+    shutil.copytree(run, run.parent / "OWNER" / "mine")
     monkeypatch.chdir(run.parent)
     space: dict[str, object] = {}
-    for block in text.split("```python\n")[1:]:
+    for block in (run / CARD).read_text().split("```python\n")[1:]:
         exec(block.split("```")[0], space)
-    assert float(space["classify"].model.policy.price) != float(model.policy.price)
-    assert Path("OWNER/mine").is_dir()
+    return space
+
+
+@pytest.mark.parametrize(
+    ("settings", "report", "says"),
+    [
+        ({"problem_type": "multi_label_classification"}, {"micro_f1": 0.7}, "any number of labels a text that decides"),
+        ({"problem_type": "regression", "num_labels": 1}, {"r2": 0.7, "accuracy": None}, "A model that gives a number"),
+        ({"head": "embedding", "num_labels": 1}, {"cosine": 0.7, "accuracy": None}, "A text embedder that decides"),
+    ],
+)
+def test_cards_of_other_tasks(settings, report, says, tokenizer, tmp_path, monkeypatch):
+    """They name their own figures, and their code runs too."""
+    folder = tmp_path / "mine"
+    model = dynamic_model("dht", **settings)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_card(folder, model, REPORT | {"macro_f1": None} | report)
+    text = (folder / CARD).read_text()
+    assert says in text
+    assert "| 0.7000 |" in text
+    assert ("Labels: " in text) == ("multi" in str(settings))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: name)
+    space = _followed(folder, monkeypatch)
+    with torch.no_grad():
+        told = model(**tokenizer(["one text"], return_tensors="pt")).logits
+    if "head" in settings:
+        assert space["vectors"].shape == (2, 60)
+        torch.testing.assert_close(space["served"].encode(["one text"]), told)
+    elif "multi" in settings["problem_type"]:
+        assert len(space["served"](["one text"])[0]) == 3
+    else:
+        assert space["served"]("one text")[0]["score"] == pytest.approx(float(told))

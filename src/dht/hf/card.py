@@ -5,21 +5,67 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from .._files import write_text
+from ..task import Embedding, MultiLabel, Regression, SingleLabel
 from .modeling import DHTForSequenceClassification
 
 CARD = "README.md"
 
+
+class Kind(NamedTuple):
+    """What the card of a task says beside its figures.
+
+    Attributes:
+        what: the model is.
+        tag: the Hub's `pipeline_tag`.
+        results: fields of the report -> the Hub's names of these metrics.
+        labels, all_labels, embeds: whether there are names of labels, several labels a text, vectors instead.
+    """
+
+    what: str
+    tag: str
+    results: dict[str, str]
+    labels: bool = False
+    all_labels: bool = False
+    embeds: bool = False
+
+
+KINDS = {
+    SingleLabel.name: Kind(
+        "A text classifier", "text-classification", {"accuracy": "accuracy", "macro_f1": "f1"}, True,
+    ),
+    MultiLabel.name: Kind(
+        "A text classifier with any number of labels a text", "text-classification",
+        {"accuracy": "accuracy", "micro_f1": "f1"}, True, True,
+    ),
+    Regression.name: Kind(
+        "A model that gives a number to a text", "text-classification",
+        {"r2": "r_squared", "mae": "mae", "pearson": "pearsonr", "spearman": "spearmanr"},
+    ),
+    Embedding.name: Kind("A text embedder", "feature-extraction", {}, embeds=True),
+}  # fmt: skip
+
 FIGURES = (
     ("accuracy", "accuracy", ".4f"),
+    ("micro_f1", "micro F1", ".4f"),
     ("macro_f1", "macro F1", ".4f"),
+    ("r2", "R2", ".4f"),
+    ("mae", "mean absolute error", ".4g"),
+    ("pearson", "Pearson's correlation", ".4f"),
+    ("spearman", "Spearman's correlation", ".4f"),
+    ("cosine", "cosine to the full model's vector", ".4f"),
+    ("ranking", "rank correlation of the texts' likeness with the full model's", ".4f"),
     ("full_depth_accuracy", "accuracy of the same weights, everything run", ".4f"),
+    ("full_depth_micro_f1", "micro F1 of the same weights, everything run", ".4f"),
+    ("full_depth_r2", "R2 of the same weights, everything run", ".4f"),
+    ("full_depth_cosine", "cosine of the same weights, everything run", ".4f"),
     ("agreement", "same answers as with everything run", ".4f"),
     ("flops_fraction", "FLOPs, fraction of the dense model", ".3f"),
     ("time_fraction", "seconds, fraction of the dense model", ".3f"),
@@ -31,68 +77,6 @@ FIGURES = (
 )
 """Fields of `report.json` that a card shows, what they are, and how they are printed."""
 
-TEMPLATE = """\
----
-{{ data }}
----
-
-# {{ name }}
-
-A text classifier that decides for every input how many of its {{ config.num_hidden_layers }} layers and which of its
-{{ config.num_attention_heads }} head units a layer run. Contextual bandits decide ({{ config.search }} search); what an
-input does not need is not executed. Labels: {{ labels }}.
-
-{% if base %}Started from `{{ base }}`. {% endif -%}
-{% if fitted %}Exits and policy fitted to the untouched weights{% else %}Trained{% endif -%}
-{% if source %} on `{{ source }}`{% endif %} for a budget of {{ "%g" % config.budget }} of the dense model's FLOPs.
-
-## Measured
-
-{% if count %}{{ count }} examples{% if source %} of `{{ source }}`{% endif %} ({{ split }})
-{%- else %}Nothing was measured on held-out examples{% endif %}{% if machine %}; {{ machine }}{% endif %}.
-
-| figure | value |
-|---|---|
-{% for what, value in figures -%}
-| {{ what }} | {{ value }} |
-{% endfor %}
-The dense model is the same architecture without exits, on the same tokens and batches, in the same process; seconds
-depend on the machine. One seed: no claim about other data, languages or seeds.
-
-## Use
-
-```sh
-pip install dht-transformer
-```
-
-```python
-import dht.hf  # registers the architecture
-from transformers import pipeline
-
-classify = pipeline("text-classification", model="{{ where }}")
-classify("one text or a list of them")
-```
-
-No code comes with the weights and none is run from this repository: the architecture is that of the installed package.
-
-## The budget dial
-
-One set of weights serves every budget; the price of compute that meets it was measured on held-out rows{{ dial }}.
-
-```python
-classify.model.policy.set_budget({{ "%g" % cheaper }})  # fraction of the dense model's FLOPs, on average
-```
-
-`model(**inputs).trace` says what ran for every input: layers, head units, FLOPs.
-
-## Intended use and limits
-
-Classifying texts like those it was trained on, where the cost of an answer matters. It has the errors and biases of its
-data and of the weights it started from: check it on your own texts, at the budget you will run, before you rely on it.
-Inputs that the policy finds easy get less computation: look at the errors among them too. The measured fraction is a
-mean over such data, no bound for a single input, and texts of another kind may cost more or less.
-"""
-
 
 def card(model: DHTForSequenceClassification, report: Mapping[str, Any], name: str) -> str:
     """The text of the card: YAML for the Hub, then the page. Of a file or folder of this machine only the name is told.
@@ -101,54 +85,68 @@ def card(model: DHTForSequenceClassification, report: Mapping[str, Any], name: s
         report: what `dht train` measured (`report.json`); fields that are missing are left out.
         name: of the model, as its title.
     """
-    config, policy = model.config, model.policy
+    config, kind = model.config, KINDS[model.task.name]
     source, base = _told(str(report.get("data", ""))), _told(str(report.get("model", "")))
-    split, known = str(report.get("split", "test")), source or "unknown"
-    results = [
-        EvalResult(
-            task_type="text-classification", dataset_type=known, dataset_name=known, dataset_split=split,
-            metric_type=metric, metric_value=float(report[field]),
-        )
-        for field, metric in (("accuracy", "accuracy"), ("macro_f1", "f1"))
-        if _is_number(report.get(field))
-    ]  # fmt: skip
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-classification",
-        tags=["dht", "early-exit", "adaptive-computation", "contextual-bandit"],
-        base_model=base if _on_hub(base) else None,
-        datasets=[source] if _on_hub(source) else None,
-        metrics=["accuracy", "f1"] if results else None,
-        model_name=name,
-        eval_results=results or None,
-    )
-    fractions = policy.curve_fraction.tolist()
+    split = str(report.get("split", "test"))
+    fractions = model.policy.curve_fraction.tolist()
     measured = min(fractions) < max(fractions)
-    machine = [f"batch size {report['batch_size']}"] if "batch_size" in report else []
-    machine += [str(report["dtype"])] if "dtype" in report else []
-    machine += [f"{report['threads']} thread(s)"] if "threads" in report else []
-    machine += [f"torch {report['torch']}"] if "torch" in report else []
-    return Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(TEMPLATE).render(
-        data=data.to_yaml().strip(),
+    names = config.label_names.values() if kind.labels else ()
+    environment = Environment(
+        undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(files("dht.hf").joinpath("card.md.j2").read_text(encoding="utf-8"))
+    return template.render(
+        data=_metadata(kind, report, name, source, base, split).to_yaml().strip(),
         name=name,
         where=f"OWNER/{name}",
+        kind=kind,
         config=config,
-        labels=", ".join(f"`{label}`" for label in config.label_names.values()),
+        labels=", ".join(f"`{label}`" for label in names),
         base=base,
         fitted="fit_rows" in report,
         source=source,
         split=split,
         count=report.get("num_examples"),
-        machine=", ".join(machine),
-        figures=[(what, format(report[field], kind)) for field, what, kind in FIGURES if _is_number(report.get(field))],
+        machine=_machine(report),
+        figures=[(what, format(report[field], form)) for field, what, form in FIGURES if _is_number(report.get(field))],
         dial=f": fractions from {min(fractions):.2f} to {max(fractions):.2f}" if measured else "",
         cheaper=round(max(config.budget / 2, min(fractions)), 2),
-    )  # fmt: skip
+    )
 
 
 def write_card(folder: Path, model: DHTForSequenceClassification, report: Mapping[str, Any]) -> None:
     """Writes the card into a run's folder, which names the model."""
     write_text(folder / CARD, card(model, report, folder.resolve().name or "model"))
+
+
+def _metadata(kind: Kind, report: Mapping[str, Any], name: str, source: str, base: str, split: str) -> ModelCardData:
+    known = source or "unknown"
+    measured = {field: metric for field, metric in kind.results.items() if _is_number(report.get(field))}
+    results = [
+        EvalResult(
+            task_type=kind.tag, dataset_type=known, dataset_name=known, dataset_split=split, metric_type=metric,
+            metric_value=float(report[field]),
+        )
+        for field, metric in measured.items()
+    ]  # fmt: skip
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=kind.tag,
+        tags=["dht", "early-exit", "adaptive-computation", "contextual-bandit"],
+        base_model=base if _on_hub(base) else None,
+        datasets=[source] if _on_hub(source) else None,
+        metrics=list(measured.values()) or None,
+        model_name=name,
+        eval_results=results or None,
+    )
+
+
+def _machine(report: Mapping[str, Any]) -> str:
+    said = [f"batch size {report['batch_size']}"] if "batch_size" in report else []
+    said += [str(report["dtype"])] if "dtype" in report else []
+    said += [f"{report['threads']} thread(s)"] if "threads" in report else []
+    said += [f"torch {report['torch']}"] if "torch" in report else []
+    return ", ".join(said)
 
 
 def _is_number(value: object) -> bool:
