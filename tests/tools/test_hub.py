@@ -22,8 +22,9 @@ from transformers import (
     pipeline,
 )
 
-from builders import batch
+from builders import batch, plain_model
 from dht.hf.card import CARD, card, write_card
+from dht.hf.convert import convert
 
 REPORT = {
     "accuracy": 0.8765, "macro_f1": 0.8712, "full_depth_accuracy": 0.881, "num_examples": 321, "split": "test",
@@ -208,3 +209,46 @@ def test_the_card_says_how_to_load_it(run, model, tokenizer, monkeypatch):
         exec(block.split("```")[0], space)
     assert float(space["classify"].model.policy.price) != float(model.policy.price)
     assert Path("OWNER/mine").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("settings", "report", "told"),
+    [
+        (
+            {"problem_type": "multi_label_classification"},
+            {"micro_f1": 0.8, "subset_accuracy": 0.7, "full_depth_micro_f1": 0.9},
+            ["A text classifier with any number of labels", "| micro F1 | 0.8000 |", "Labels: `", "top_k=None"],
+        ),
+        (
+            {"num_labels": 1, "problem_type": "regression", "label_std": 5.0},
+            {"accuracy": None, "r2": 0.8, "mae": 0.25, "full_depth_r2": 0.9},
+            ["A text regression model that decides", "| R2 | 0.8000 |", "| mean absolute error | 0.25 |"],
+        ),
+        (
+            {"num_labels": 1, "head": "embedding"},
+            {"cosine": 0.8, "full_depth_cosine": 0.9},
+            ["A sentence embedder that decides", "| cosine to the full model's vectors | 0.8000 |", "Embedder.load("],
+        ),
+    ],
+)
+def test_cards_of_other_tasks(settings, report, told, tokenizer, tmp_path, monkeypatch):
+    model = convert(plain_model("bert"), **settings)
+    folder = tmp_path / "OWNER" / "mine"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_card(folder, model, REPORT | dict.fromkeys(("accuracy", "macro_f1")) | report)
+    text = (folder / CARD).read_text()
+    for part in told:
+        assert part in text
+    assert ("Labels:" in text) == ("num_labels" not in settings)
+    data = ModelCard(text).data
+    assert data.pipeline_tag == ("sentence-similarity" if "head" in settings else "text-classification")
+    assert {0.8} <= {result.metric_value for result in data.eval_results}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: name)
+    space: dict[str, object] = {}
+    for block in text.split("```python\n")[1:]:
+        exec(block.split("```")[0], space)
+    if "label_std" in settings:
+        expected = model.eval()(**tokenizer("a text", return_tensors="pt")).logits.item()
+        assert space["classify"]("a text")[0]["score"] == pytest.approx(expected, abs=1e-4), "a number, not a share"

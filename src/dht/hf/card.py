@@ -12,14 +12,35 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from .._files import write_text
+from .._labels import EMBEDDING, MULTI, REGRESSION, SINGLE
 from .modeling import DHTForSequenceClassification
 
 CARD = "README.md"
 
+KINDS = {
+    SINGLE: ("text classifier", "text-classification"),
+    MULTI: ("text classifier with any number of labels a text", "text-classification"),
+    REGRESSION: ("text regression model", "text-classification"),
+    EMBEDDING: ("sentence embedder", "sentence-similarity"),
+}
+"""Task -> what a card calls the model, and what the Hub calls its use."""
+
 FIGURES = (
     ("accuracy", "accuracy", ".4f"),
+    ("micro_f1", "micro F1", ".4f"),
     ("macro_f1", "macro F1", ".4f"),
+    ("r2", "R2", ".4f"),
+    ("mae", "mean absolute error", ".4g"),
+    ("rmse", "root mean squared error", ".4g"),
+    ("pearson", "Pearson's correlation", ".4f"),
+    ("spearman", "Spearman's correlation", ".4f"),
+    ("cosine", "cosine to the full model's vectors", ".4f"),
+    ("ranking", "rank correlation of the similarities with the full model's", ".4f"),
+    ("neighbour_agreement", "same nearest neighbour as by the full model's vectors", ".4f"),
     ("full_depth_accuracy", "accuracy of the same weights, everything run", ".4f"),
+    ("full_depth_micro_f1", "micro F1 of the same weights, everything run", ".4f"),
+    ("full_depth_r2", "R2 of the same weights, everything run", ".4f"),
+    ("full_depth_cosine", "cosine of the same weights, everything run", ".4f"),
     ("agreement", "same answers as with everything run", ".4f"),
     ("flops_fraction", "FLOPs, fraction of the dense model", ".3f"),
     ("time_fraction", "seconds, fraction of the dense model", ".3f"),
@@ -31,6 +52,12 @@ FIGURES = (
 )
 """Fields of `report.json` that a card shows, what they are, and how they are printed."""
 
+METRICS = {
+    "accuracy": "accuracy", "macro_f1": "f1", "micro_f1": "micro_f1", "r2": "r2", "rmse": "rmse", "pearson": "pearsonr",
+    "spearman": "spearmanr", "cosine": "cosine",
+}  # fmt: skip
+"""Those of them that the Hub lists as results, and what it calls them."""
+
 TEMPLATE = """\
 ---
 {{ data }}
@@ -38,9 +65,9 @@ TEMPLATE = """\
 
 # {{ name }}
 
-A text classifier that decides for every input how many of its {{ config.num_hidden_layers }} layers and which of its
+A {{ kind }} that decides for every input how many of its {{ config.num_hidden_layers }} layers and which of its
 {{ config.num_attention_heads }} head units a layer run. Contextual bandits decide ({{ config.search }} search); what an
-input does not need is not executed. Labels: {{ labels }}.
+input does not need is not executed.{% if labels %} Labels: {{ labels }}.{% endif %}
 
 {% if base %}Started from `{{ base }}`. {% endif -%}
 {% if fitted %}Exits and policy fitted to the untouched weights{% else %}Trained{% endif -%}
@@ -66,11 +93,20 @@ pip install dht-transformer
 ```
 
 ```python
+{% if embeds -%}
+from huggingface_hub import snapshot_download
+
+from dht.embed import Embedder
+
+embedder = Embedder.load(snapshot_download("{{ where }}"))
+embedder.encode(["one text", "another"])
+{%- else -%}
 import dht.hf  # registers the architecture
 from transformers import pipeline
 
-classify = pipeline("text-classification", model="{{ where }}")
+classify = pipeline("text-classification", model="{{ where }}"{% if several %}, top_k=None{% endif %})
 classify("one text or a list of them")
+{%- endif %}
 ```
 
 No code comes with the weights and none is run from this repository: the architecture is that of the installed package.
@@ -80,14 +116,14 @@ No code comes with the weights and none is run from this repository: the archite
 One set of weights serves every budget; the price of compute that meets it was measured on held-out rows{{ dial }}.
 
 ```python
-classify.model.policy.set_budget({{ "%g" % cheaper }})  # fraction of the dense model's FLOPs, on average
+{{ loaded }}.model.policy.set_budget({{ "%g" % cheaper }})  # fraction of the dense model's FLOPs, on average
 ```
 
 `model(**inputs).trace` says what ran for every input: layers, head units, FLOPs.
 
 ## Intended use and limits
 
-Classifying texts like those it was trained on, where the cost of an answer matters. It has the errors and biases of its
+Texts like those it was trained on, where the cost of an answer matters. It has the errors and biases of its
 data and of the weights it started from: check it on your own texts, at the budget you will run, before you rely on it.
 Inputs that the policy finds easy get less computation: look at the errors among them too. The measured fraction is a
 mean over such data, no bound for a single input, and texts of another kind may cost more or less.
@@ -104,21 +140,23 @@ def card(model: DHTForSequenceClassification, report: Mapping[str, Any], name: s
     config, policy = model.config, model.policy
     source, base = _told(str(report.get("data", ""))), _told(str(report.get("model", "")))
     split, known = str(report.get("split", "test")), source or "unknown"
+    task = model.task.name
+    kind, tag = KINDS[task]
     results = [
         EvalResult(
-            task_type="text-classification", dataset_type=known, dataset_name=known, dataset_split=split,
+            task_type=tag, dataset_type=known, dataset_name=known, dataset_split=split,
             metric_type=metric, metric_value=float(report[field]),
         )
-        for field, metric in (("accuracy", "accuracy"), ("macro_f1", "f1"))
+        for field, metric in METRICS.items()
         if _is_number(report.get(field))
     ]  # fmt: skip
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-classification",
+        pipeline_tag=tag,
         tags=["dht", "early-exit", "adaptive-computation", "contextual-bandit"],
         base_model=base if _on_hub(base) else None,
         datasets=[source] if _on_hub(source) else None,
-        metrics=["accuracy", "f1"] if results else None,
+        metrics=[result.metric_type for result in results] or None,
         model_name=name,
         eval_results=results or None,
     )
@@ -133,7 +171,11 @@ def card(model: DHTForSequenceClassification, report: Mapping[str, Any], name: s
         name=name,
         where=f"OWNER/{name}",
         config=config,
-        labels=", ".join(f"`{label}`" for label in config.label_names.values()),
+        kind=kind,
+        embeds=task == EMBEDDING,
+        loaded="embedder" if task == EMBEDDING else "classify",
+        several=task == MULTI,
+        labels=", ".join(f"`{label}`" for label in config.label_names.values()) if task in (SINGLE, MULTI) else "",
         base=base,
         fitted="fit_rows" in report,
         source=source,
