@@ -242,7 +242,7 @@ def in_torch(monkeypatch):
 @pytest.mark.parametrize("search", ["tree", "integrated"])
 def test_chains_decide_as_the_policy_does(family, search, tmp_path, minilm_path, in_torch):
     """Random rewards and random head sets: every arm is taken by some row."""
-    model = dynamic_model(family, search=search, wide_from=2, budget=0.5)
+    model = dynamic_model(family, search=search, wide_from=2, budget=0.5, exit_memory=0.5 * (search == "tree"))
     generator = torch.Generator().manual_seed(1)
     policy = model.policy
     with torch.no_grad():

@@ -239,7 +239,7 @@ def test_all_bad_settings_at_once(settings, tmp_path):
         "--batch-size: got 0",
         "--device: got 'tpu', allowed: auto, cpu, cuda",
         "--dtype: got 'int4', allowed: float32, bfloat16",
-        "--limit: got 5, 0, 5, give three whole numbers above 0: train, validation, test",
+        "--limit: got (5, 0, 5), allowed: three whole numbers above 0: rows of train, validation and test",
     ):
         assert part in str(caught.value)
 

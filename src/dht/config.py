@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ._labels import TASKS
-from .errors import ConfigError, listed, shown
+from .errors import ConfigError, shown
 
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -96,9 +96,8 @@ class TrainSettings:
         need(lambda name: name in ("auto", *TASKS), "task", ", ".join(("auto", *TASKS)))
         need(whole(0), "save_every", "0 or more")
         need(whole(0, 2**32 - 1), "seed", "0 to 2^32 - 1")
-        limit = self.limit
-        if limit is not None and (len(limit) != 3 or any(not whole(1)(rows) for rows in limit)):
-            problems.append(f"--limit: got {listed(limit)}, give three whole numbers above 0: train, validation, test")
+        need(lambda three: three is None or (len(three) == 3 and all(map(whole(1), three))), "limit",
+             "three whole numbers above 0: rows of train, validation and test")  # fmt: skip
         if problems:
             raise ConfigError(problems)
 

@@ -21,6 +21,7 @@ from .hf.configuration import FORMAT_VERSION, DHTConfig
 from .hf.convert import convert, load_source
 from .hf.modeling import DHTForSequenceClassification
 from .manifest import verify
+from .task import Regression
 
 RUN_FILE = "run.json"
 """In a run folder: the settings that the training was told."""
@@ -49,6 +50,14 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
+EXIT_MEMORY = 0.5
+"""Of classifiers with tree search (decision 11)."""
+
+
+def _classifies(options: Mapping[str, Any]) -> bool:
+    return options.get("head") != "embedding" and options.get("problem_type") != Regression.name
+
+
 def build(
     settings: TrainSettings, label_names: list[str], extra: Mapping[str, Any] | None = None
 ) -> tuple[DHTForSequenceClassification, PreTrainedTokenizerBase]:
@@ -65,6 +74,7 @@ def build(
         "ffn": settings.ffn,
         "budget": settings.budget,
         "policy_seed": settings.seed,
+        "exit_memory": EXIT_MEMORY if settings.search == "tree" and _classifies(extra or {}) else 0.0,
         **(extra or {}),
     }
     tokenizer: PreTrainedTokenizerBase

@@ -70,7 +70,7 @@ class ChainRunner:
             self.search, self.widths, self.inputs = facts["search"], facts["widths"], facts["inputs"]
             self.label_names, self.max_length = facts["label_names"], facts["max_length"]
             self.pad_token_id, names = facts["pad_token_id"], facts["layers"]
-            trained_for = float(facts["budget"])
+            trained_for, self.exit_memory = float(facts["budget"]), float(facts.get("exit_memory", 0.0))
         except (OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -146,6 +146,7 @@ class ChainRunner:
                     None, {"states": states[group], "attention_mask": mask[group]}
                 )
             states = after
+            logits += np.float32(self.exit_memory) * before
             answer[rows], heads[rows, layer] = logits, np.take(self.widths, width)
         return ChainResult(answer, heads)
 

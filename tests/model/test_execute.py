@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from builders import LENGTHS, batch, dynamic_model, random_plan
 from dht.hf.modeling import exit_loss
+from dht.model.block import Block
 from dht.model.execute import execute
 from dht.model.reference import reference
 from dht.plan import Plan
@@ -117,6 +118,40 @@ def learn(model, labels, inputs, steps=6):
         model.policy.price.fill_(price)
         if len(model(**inputs).trace.layers.unique()) > 1:
             break
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_exits_add_up_when_serving_and_stand_alone_while_they_learn(family):
+    model = dynamic_model(family, exit_memory=0.5)
+    _, inputs = inputs_of(model)
+    plan = random_plan(len(LENGTHS))
+    own = {e.layer: e for e in execute(dynamic_model(family).encoder, FixedPlan(plan), **inputs).exits}
+    trace = execute(model.encoder, FixedPlan(plan), **inputs)
+    exits = reference(model.encoder, plan, **inputs)
+    last = torch.stack(exits, 1)[torch.arange(len(LENGTHS)), plan.layers - 1]
+    torch.testing.assert_close(trace.logits, last, atol=1e-5, rtol=1e-5)
+    added = torch.zeros(len(LENGTHS), 3)
+    for exit_ in trace.exits:
+        torch.testing.assert_close(exit_.logits, exits[exit_.layer - 1][exit_.rows], atol=1e-5, rtol=1e-5)
+        added[exit_.rows] = own[exit_.layer].logits + 0.5 * added[exit_.rows]
+    torch.testing.assert_close(trace.logits, added)
+    probe = model(**inputs, mode="probe").trace
+    assert not torch.allclose(probe.exits[-1].logits, model(**inputs, mode="survey").trace.exits[-1].logits)
+    # Without exits before it, the last one has nothing to add.
+    full = DensePolicy(5)
+    torch.testing.assert_close(model(**inputs, policy=full).logits, dynamic_model(family)(**inputs, policy=full).logits)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, Block):
+            module.dropout = module.attention_dropout = 0.0
+    for exit_, alone in zip(reference(model.encoder, plan, **inputs), own.values(), strict=True):
+        torch.testing.assert_close(exit_[alone.rows], alone.logits, atol=1e-5, rtol=1e-5)
+    trained = model(**inputs, policy=FixedPlan(plan)).trace.exits
+    model.encoder.exit_memory = 0.0
+    for exit_, alone in zip(trained, model(**inputs, policy=FixedPlan(plan)).trace.exits, strict=True):
+        assert torch.equal(exit_.logits, alone.logits)
 
 
 def test_static_policy_runs_the_best_units_only():

@@ -119,6 +119,7 @@ ABLATIONS = {
     "distillation-on": Ablation(
         "half of the earlier exits' loss against the row's last exit", options={"distillation": 0.5}
     ),
+    "exit-memory-off": Ablation("an exit answers alone, without those before it", options={"exit_memory": 0.0}),
     "search-integrated": Ablation("one decision before layer 1", settings={"search": "integrated"}),
 }
 """Switches, each by the setting, option or policy that it turns."""

@@ -128,6 +128,15 @@ def _serve_blind(kind: str, bench: Bench, budget: float, seed: int) -> Served:
     return Served(model, policy, [training], {"matched_to": met})
 
 
+def _serve_threshold(bench: Bench, budget: float, seed: int) -> Served:
+    """A confidence threshold in the place of our policy, at the width that our training rows run."""
+    training = Training("dht", seed, budget)
+    model, met = bench.ours(training, budget)
+    sets = model.policy.sets_of(model.policy.widths[0])
+    found = match_exits("confidence", model, sets, met, bench.validation(seed), bench.dtype)
+    return Served(model, found.policy, [training], {"threshold": found.threshold, "matched_to": met})
+
+
 def _serve_shuffled(bench: Bench, budget: float, seed: int) -> Served:
     training = Training("dht", seed, budget)
     model, met = bench.ours(training, budget)
@@ -227,6 +236,7 @@ METHODS = {
     "hash": Method("inference", "our arms at our frequencies, by a hash", ours, partial(_serve_blind, "hash")),
     "length": Method("inference", "our arms at our frequencies, by length", ours, partial(_serve_blind, "length")),
     "shuffled": Method("inference", "our policy on another row's context", ours, _serve_shuffled),
+    "confidence-same": Method("inference", "leaves when sure; our weights, widths and exits", ours, _serve_threshold),
     "confidence": Method(
         "inference", "leaves when sure; mean loss of all exits, full width", _exit_models,
         partial(_serve_exits, "confidence", False),

@@ -190,7 +190,7 @@ def _recipe(settings: CompareSettings, training: Training, sizes: Sizes) -> Reci
     if training.kind == "static":
         return Recipe(_static(training.layers, training.units))
     if training.kind == "exits":
-        return Recipe(_exits(training.layers, training.units))
+        return Recipe(_exits(training.layers, training.units), options={"exit_memory": 0.0})  # as these are published
     assert training.kind in RIVALS, training.kind
     return _rival(settings, training, sizes)
 

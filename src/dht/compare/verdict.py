@@ -23,7 +23,15 @@ ENOUGH = 5
 OURS = "dht"
 
 PER_SAMPLE = ("fixed", "random", "hash", "length", "shuffled")
-EFFICIENCY = ("static", "static-cut", "confidence", "confidence-pruned", "patience", "patience-pruned")
+EFFICIENCY = (
+    "static",
+    "static-cut",
+    "confidence-same",
+    "confidence",
+    "confidence-pruned",
+    "patience",
+    "patience-pruned",
+)
 TRAINING = ("dense-decay", "smaller-dense", "layer-dropout", "progressive")
 
 CLAIMS = {

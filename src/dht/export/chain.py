@@ -80,6 +80,7 @@ def export_chain(
             "widths": policy.widths, "heads": policy.heads,
             "label_names": [config.label_names[index] for index in range(len(config.label_names))],
             "inputs": list(rows), "pad_token_id": config.pad_token_id or 0, "max_length": max_length,
+            "exit_memory": config.exit_memory,
         }  # fmt: skip
         write_json(folder / CHAIN_FILE, facts)
         report = _checked(model, ChainRunner(folder, threads=torch.get_num_threads()), rows, out)

@@ -29,7 +29,7 @@ _REAL = {
     "hidden_dropout_prob": (0.0, 1.0), "attention_probs_dropout_prob": (0.0, 1.0), "layer_norm_eps": (0.0, 1.0),
     "initializer_range": (0.0, 1e6), "ridge": (0.0, 1e300), "forgetting": (0.0, 1.0), "alpha": (0.0, 1e300),
     "sigma": (0.0, 1e300), "unit_weight": (0.0, 1e300), "exploration": (0.0, 1.0), "budget": (0.0, 1.0),
-    "distillation": (0.0, 1.0),
+    "distillation": (0.0, 1.0), "exit_memory": (0.0, 1.0),
     "label_mean": (-1e300, 1e300), "label_std": (0.0, 1e300),
 }  # fmt: skip
 """Real numbers, likewise; a few must be above the lower end, which `check` looks at."""
@@ -76,6 +76,8 @@ class DHTConfig(PreTrainedConfig):
         head_sets: G, distinct head sets per layer and width that a batch may use.
         reward: "correct" or "probability", the quality of an exit.
         distillation: share of the loss of a row's earlier exits in which its last exit's answer is the label.
+        exit_memory: when serving, an exit's logits are its own plus so much of those of the exit before it, if that was
+            computed (decision 11); 0 = its own alone.
         class_weights: what a row of each class counts in the loss; None = 1.
         problem_type: "single_label_classification" (None means it too), "multi_label_classification" or "regression"
             (None with one output); the task (`dht.task`).
@@ -135,6 +137,7 @@ class DHTConfig(PreTrainedConfig):
     label_mean: float | int = 0.0
     label_std: float | int = 1.0
     distillation: float | int = 0.0
+    exit_memory: float | int = 0.0
     class_weights: list[float] | None = None
     budget: float = 1.0
     policy_seed: int = 0

@@ -61,6 +61,8 @@ def execute(
     trace = Trace(account)
     logits: Tensor | None = None
     previous: Tensor | None = None
+    # Exits learn to stand alone; only what is served, or probed for it, adds up.
+    remembers = encoder.exit_memory > 0 and mode in ("exploit", "probe") and not encoder.training
     in_step = encoder.sharded  # every rank then has to call every block, if need be with no rows
 
     for layer in range(num_layers):
@@ -113,6 +115,8 @@ def execute(
         previous, logits = logits, None
         if policy.reads_exits or every_exit or layer == num_layers - 1:
             logits = encoder.exit(layer + 1, packed)
+            if remembers and previous is not None:
+                logits = logits + encoder.exit_memory * previous
             trace.exits.append(Exit(layer + 1, packed.rows, logits))
             ran.exits = encoder.attends(layer + 1)
     trace.logits = _answers(trace.exits, len(input_ids), packed.hidden.new_zeros(0, cost.classes))

@@ -24,6 +24,8 @@ def reference(
 ) -> list[Tensor]:
     """Logits [B, C] of every exit 1..N; a row's logits after it has left are those of its frozen hidden state.
 
+    In evaluation mode exits add up (`exit_memory`).
+
     Args:
         plan: head units per row and layer, bool [B, N, H].
         gates: [B, N, H], multiplied onto each unit's output; None = ones. Its gradient is the head feedback.
@@ -45,7 +47,7 @@ def reference(
     if emb.project is not None:
         hidden = emb.project(hidden)
     on = plan.units.to(hidden.dtype) if gates is None else plan.units.to(hidden.dtype) * gates
-    exits = []
+    exits: list[Tensor] = []
     for layer, block in enumerate(encoder.blocks):
         source = block.attention_norm(hidden) if block.pre_norm else hidden
         query, key, value = (
@@ -82,7 +84,10 @@ def reference(
             new = block.ffn_norm(new)
         active = plan.units[:, layer].any(-1)[:, None, None]
         hidden = torch.where(active, new, hidden)
-        exits.append(_exit(encoder, layer, hidden, keep))
+        logits = _exit(encoder, layer, hidden, keep)
+        if layer and not encoder.training:
+            logits = logits + encoder.exit_memory * exits[-1]
+        exits.append(logits)
     return exits
 
 

@@ -29,7 +29,7 @@ COLUMNS = (
 )
 SHORT = ("accuracy", "FLOPs", "seconds", "training FLOPs", "training seconds")
 
-ON_OUR_WEIGHTS = ("static-cut", "fixed", "random", "hash", "length", "shuffled", "dht-served")
+ON_OUR_WEIGHTS = ("static-cut", "confidence-same", "fixed", "random", "hash", "length", "shuffled", "dht-served")
 
 Entry = Mapping[str, Any]
 

@@ -21,6 +21,7 @@ STYLES = {
     "static-cut": ("k-static", "down"),
     "cascade": ("k-static", "diamond"),
     "confidence": ("k-confidence", "circle"),
+    "confidence-same": ("k-confidence", "square"),
     "confidence-pruned": ("k-confidence", "diamond"),
     "patience": ("k-b", "circle"),
     "patience-pruned": ("k-b", "diamond"),
