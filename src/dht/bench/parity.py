@@ -40,7 +40,7 @@ def check_parity(
     for name, policy in policies.items():
         with torch.inference_mode():
             trace = _run(model, policy, inputs)
-            worst[name] = _compare(f"{name}: logits", _answers(model, trace, inputs), trace.logits, OUTPUTS)
+            worst[name] = _compare(f"{name}: logits", _answers(model, policy, trace, inputs), trace.logits, OUTPUTS)
         if gradients:
             worst[name] = max(worst[name], _compare_gradients(model, name, policy, inputs, batch["labels"]))
     model.train(was_training)
@@ -53,9 +53,9 @@ def _run(model: DHTForSequenceClassification, policy: Policy, inputs: Batch, *, 
     return trace
 
 
-def _answers(model: DHTForSequenceClassification, trace: Trace, inputs: Batch) -> Tensor:
+def _answers(model: DHTForSequenceClassification, policy: Policy, trace: Trace, inputs: Batch) -> Tensor:
     """The reference's logits [B, C] of the exits at which the rows left."""
-    exits = torch.stack(reference(model.encoder, Plan(trace.units), **inputs), 1)
+    exits = torch.stack(reference(model.encoder, Plan(trace.units), **inputs, alone=not policy.reads_exits), 1)
     return exits[torch.arange(len(exits), device=exits.device), trace.layers - 1]
 
 

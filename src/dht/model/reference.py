@@ -21,14 +21,15 @@ def reference(
     attention_mask: Tensor | None = None,
     token_type_ids: Tensor | None = None,
     gates: Tensor | None = None,
+    alone: bool = False,
 ) -> list[Tensor]:
     """Logits [B, C] of every exit 1..N; a row's logits after it has left are those of its frozen hidden state.
-
-    In evaluation mode exits add up (`exit_memory`).
 
     Args:
         plan: head units per row and layer, bool [B, N, H].
         gates: [B, N, H], multiplied onto each unit's output; None = ones. Its gradient is the head feedback.
+        alone: True if nobody computed the exits before a row's last one. In evaluation mode exits otherwise add up
+            (`exit_memory`).
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -85,7 +86,7 @@ def reference(
         active = plan.units[:, layer].any(-1)[:, None, None]
         hidden = torch.where(active, new, hidden)
         logits = _exit(encoder, layer, hidden, keep)
-        if layer and not encoder.training:
+        if layer and not encoder.training and not alone:
             logits = logits + encoder.exit_memory * exits[-1]
         exits.append(logits)
     return exits
