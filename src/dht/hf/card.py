@@ -19,6 +19,7 @@ CARD = "README.md"
 FIGURES = (
     ("accuracy", "accuracy", ".4f"),
     ("macro_f1", "macro F1", ".4f"),
+    ("entity_f1", "F1 of entities", ".4f"),
     ("full_depth_accuracy", "accuracy of the same weights, everything run", ".4f"),
     ("agreement", "same answers as with everything run", ".4f"),
     ("flops_fraction", "FLOPs, fraction of the dense model", ".3f"),
@@ -38,7 +39,7 @@ TEMPLATE = """\
 
 # {{ name }}
 
-A text classifier that decides for every input how many of its {{ config.num_hidden_layers }} layers and which of its
+A {{ what }} that decides for every input how many of its {{ config.num_hidden_layers }} layers and which of its
 {{ config.num_attention_heads }} head units a layer run. Contextual bandits decide ({{ config.search }} search); what an
 input does not need is not executed. Labels: {{ labels }}.
 
@@ -69,8 +70,8 @@ pip install dht-transformer
 import dht.hf  # registers the architecture
 from transformers import pipeline
 
-classify = pipeline("text-classification", model="{{ where }}")
-classify("one text or a list of them")
+{{ use }} = pipeline("{{ task }}", model="{{ where }}")
+{{ use }}("one text or a list of them")
 ```
 
 No code comes with the weights and none is run from this repository: the architecture is that of the installed package.
@@ -80,14 +81,14 @@ No code comes with the weights and none is run from this repository: the archite
 One set of weights serves every budget; the price of compute that meets it was measured on held-out rows{{ dial }}.
 
 ```python
-classify.model.policy.set_budget({{ "%g" % cheaper }})  # fraction of the dense model's FLOPs, on average
+{{ use }}.model.policy.set_budget({{ "%g" % cheaper }})  # fraction of the dense model's FLOPs, on average
 ```
 
 `model(**inputs).trace` says what ran for every input: layers, head units, FLOPs.
 
 ## Intended use and limits
 
-Classifying texts like those it was trained on, where the cost of an answer matters. It has the errors and biases of its
+{{ doing }} texts like those it was trained on, where the cost of an answer matters. It has the errors and biases of its
 data and of the weights it started from: check it on your own texts, at the budget you will run, before you rely on it.
 Inputs that the policy finds easy get less computation: look at the errors among them too. The measured fraction is a
 mean over such data, no bound for a single input, and texts of another kind may cost more or less.
@@ -104,9 +105,10 @@ def card(model: DHTForSequenceClassification, report: Mapping[str, Any], name: s
     config, policy = model.config, model.policy
     source, base = _told(str(report.get("data", ""))), _told(str(report.get("model", "")))
     split, known = str(report.get("split", "test")), source or "unknown"
+    task = "token-classification" if model.tags else "text-classification"
     results = [
         EvalResult(
-            task_type="text-classification", dataset_type=known, dataset_name=known, dataset_split=split,
+            task_type=task, dataset_type=known, dataset_name=known, dataset_split=split,
             metric_type=metric, metric_value=float(report[field]),
         )
         for field, metric in (("accuracy", "accuracy"), ("macro_f1", "f1"))
@@ -114,7 +116,7 @@ def card(model: DHTForSequenceClassification, report: Mapping[str, Any], name: s
     ]  # fmt: skip
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-classification",
+        pipeline_tag=task,
         tags=["dht", "early-exit", "adaptive-computation", "contextual-bandit"],
         base_model=base if _on_hub(base) else None,
         datasets=[source] if _on_hub(source) else None,
@@ -130,6 +132,10 @@ def card(model: DHTForSequenceClassification, report: Mapping[str, Any], name: s
     machine += [f"torch {report['torch']}"] if "torch" in report else []
     return Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(TEMPLATE).render(
         data=data.to_yaml().strip(),
+        task=task,
+        what="tagger of words" if model.tags else "text classifier",
+        use="tag" if model.tags else "classify",
+        doing="Tagging the words of" if model.tags else "Classifying",
         name=name,
         where=f"OWNER/{name}",
         config=config,
