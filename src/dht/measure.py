@@ -19,7 +19,7 @@ from .hf.modeling import DHTForSequenceClassification
 from .plan import Trace
 from .policy.base import Policy
 from .policy.baselines import DensePolicy
-from .task import SINGLE_LABEL, Task
+from .task import SINGLE_LABEL, Task, TokenTags
 
 Batch = dict[str, Tensor]
 
@@ -85,7 +85,7 @@ def run_policy(
             trace: Trace = model(**inputs, policy=policy).trace
             logits, visited = trace.exit_table()
             answer = model.task.answers(trace.logits)
-            if model.tags:
+            if isinstance(model.task, TokenTags):
                 answer = torch.where(labels == IGNORED, labels, answer)
             row = (labels, answer, trace.layers, trace.units, trace.flops, trace.dense_flops, logits.float(), visited)
             parts.append(tuple(part.cpu() for part in row))

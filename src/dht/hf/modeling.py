@@ -69,11 +69,9 @@ class DHTForSequenceClassification(PreTrainedModel):
 
     def __init__(self, config: DHTConfig) -> None:
         config.check()
-        right = model_class(config.head)
-        if not isinstance(self, right) or right.tags != self.tags:
-            raise ConfigError(
-                f"head: got {config.head!r}, which {type(self).__name__} is not for; use {right.__name__}"
-            )
+        if self.tags != (config.head == "token"):
+            right = model_class(config.head).__name__
+            raise ConfigError(f"head: got {config.head!r}, which {type(self).__name__} is not for; use {right}")
         super().__init__(config)
         self.num_labels = config.num_labels
         self.encoder = Encoder(config)
