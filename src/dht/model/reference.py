@@ -25,6 +25,8 @@ def reference(
 ) -> list[Tensor]:
     """Logits [B, C] of every exit 1..N; a row's logits after it has left are those of its frozen hidden state.
 
+    Of a tagger they are [B, T, C], -inf at places without a token.
+
     Args:
         plan: head units per row and layer, bool [B, N, H].
         gates: [B, N, H], multiplied onto each unit's output; None = ones. Its gradient is the head feedback.
@@ -105,6 +107,10 @@ def _exit(encoder: Encoder, layer: int, hidden: Tensor, keep: Tensor) -> Tensor:
     head = encoder.exits[layer]
     if encoder.norms_tokens:
         hidden = encoder.final_norm(hidden)
+    if head.pooling == "none":
+        read = hidden if encoder.norms_tokens else encoder.final_norm(hidden)
+        tagged: Tensor = head(read).masked_fill(~keep[..., None], -torch.inf)
+        return tagged
     if head.pooling == "cls":
         pooled = hidden[torch.arange(len(hidden), device=hidden.device), keep.int().argmax(-1)]
     elif head.queries is None:
