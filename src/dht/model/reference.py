@@ -88,7 +88,7 @@ def reference(
         active = plan.units[:, layer].any(-1)[:, None, None]
         hidden = torch.where(active, new, hidden)
         logits = _exit(encoder, layer, hidden, keep)
-        if layer and not encoder.training and not alone:
+        if layer and encoder.exit_memory and not encoder.training and not alone:
             logits = logits + encoder.exit_memory * exits[-1]
         exits.append(logits)
     return exits
