@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "DHTConfig": "dht.hf.configuration",
     "DHTForSequenceClassification": "dht.hf.modeling",
+    "DHTForTokenClassification": "dht.hf.modeling",
     "convert": "dht.hf.convert",
     "fit": "dht.fitting",
     "Plan": "dht.plan",

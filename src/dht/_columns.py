@@ -22,6 +22,10 @@ PAIRS = (
 """Column names of sentence pairs, in upper or lower case."""
 TEXTS = ("sentence", "content", "review", "comment", "tweet", "document", "question", "query", "utterance", "message")
 """Column names of single texts, should none be called `text`."""
+WORDS = ("words",)
+"""Column names of the words of a row, should none be called `tokens`."""
+TAGS = ("ner_tags", "labels")
+"""Column names of their tags, should none be called `tags`."""
 LABELS = ("labels", "target", "class", "category", "sentiment", "intent", "emotion", "stars", "rating", "gold_label")
 """Column names of labels, should none be called `label`."""
 
@@ -41,10 +45,13 @@ class ColumnChoice:
         text: the text column, two names with a comma between for sentence pairs, or None = inferred.
         label: the label column, or None = inferred.
         labelled: False if no label is needed: the text stands in for it.
+        tagged: True if texts are lists of words and labels lists of tags.
     """
 
-    def __init__(self, text: str | None = None, label: str | None = None, labelled: bool = True) -> None:
-        self._text, self._label, self._labelled = text, label, labelled
+    def __init__(
+        self, text: str | None = None, label: str | None = None, labelled: bool = True, *, tagged: bool = False
+    ) -> None:
+        self._text, self._label, self._labelled, self.tagged = text, label, labelled, tagged
         self._found: Columns | None = None
 
     def of(self, columns: Sequence[str], where: str) -> Columns:
@@ -55,9 +62,11 @@ class ColumnChoice:
         """
         found = self._found
         if found is None:
-            text, pair = text_columns(columns, self._text, where)
+            text, pair = text_columns(columns, self._text, where, tagged=self.tagged)
             label = text
-            if self._labelled:
+            if self.tagged:
+                label = self._label or _single(columns, "tags", TAGS, where, "label")
+            elif self._labelled:
                 label = self._label or _single(columns, "label", LABELS, where)
             found = Columns(text, pair, label)
         for name, option in ((found.text, "text"), (found.pair, "text"), (found.label, "label")):
@@ -76,7 +85,8 @@ class ColumnChoice:
         """What was inferred, in one line; None if nothing was, or just `text` and `label`."""
         found = self._found
         given = self._text and (self._label or not self._labelled)
-        if found is None or given or found in (("text", None, "label"), ("text", None, "text")):
+        usual = (("text", None, "label"), ("text", None, "text"), ("tokens", None, "tags"))
+        if found is None or given or found in usual:
             return None
         pair = f" with {shown(found.pair)}" if found.pair else ""
         if not self._labelled:
@@ -87,12 +97,19 @@ class ColumnChoice:
         )
 
 
-def text_columns(columns: Sequence[str], given: str | None, where: str) -> tuple[str, str | None]:
+def text_columns(
+    columns: Sequence[str], given: str | None, where: str, *, tagged: bool = False
+) -> tuple[str, str | None]:
     """The text column and that of its second half (None = single texts); missing ones are not looked for yet.
+
+    Args:
+        tagged: True for the column of lists of words, which have no second half.
 
     Raises:
         DataError: more than one could be the text.
     """
+    if tagged:
+        return given or _single(columns, "tokens", WORDS, where, "text"), None
     if given is not None:
         first, comma, second = given.partition(",")
         return (first.strip(), second.strip()) if comma and given not in columns else (given, None)
@@ -108,13 +125,15 @@ def _folded(columns: Sequence[str]) -> dict[str, str]:
     return {name.casefold(): name for name in columns} | {name: name for name in columns if name == name.casefold()}
 
 
-def _single(columns: Sequence[str], usual: str, others: Sequence[str], where: str) -> str:
+def _single(columns: Sequence[str], usual: str, others: Sequence[str], where: str, option: str | None = None) -> str:
     known = _folded(columns)
     if usual in known:
         return known[usual]
     found = [known[name] for name in others if name in known]
     if len(found) > 1:
-        raise DataError(f"{where}: the {usual} could be {listed(found)}; name the right one with --{usual}-column")
+        raise DataError(
+            f"{where}: the {usual} could be {listed(found)}; name the right one with --{option or usual}-column"
+        )
     return found[0] if found else usual
 
 

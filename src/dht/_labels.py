@@ -7,12 +7,15 @@ import math
 import re
 from collections.abc import Sequence
 
+from dht._rows import without_surrogates
 from dht.errors import DataError, shown
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
-EMBEDDING = "embedding"
-TASKS = {"single": SINGLE, "multi": MULTI, "regression": REGRESSION, "embedding": EMBEDDING}
-"""Names of the tasks on the command line -> `problem_type`, as `transformers` has it (an embedding has none there)."""
+EMBEDDING, TOKEN = "embedding", "token_classification"
+TASKS = {"single": SINGLE, "multi": MULTI, "regression": REGRESSION, "embedding": EMBEDDING, "token": TOKEN}
+"""Names of the tasks on the command line -> `problem_type`, as `transformers` has it (the last two have none there)."""
+IGNORED = -100
+"""In place of a tag, where a token has none; as in `transformers`."""
 NUMBER_NAME = "value"
 """The one output of a regression."""
 
@@ -93,6 +96,37 @@ def label_list(label: object, where: str) -> list[str | int | float]:
         if not whole:
             label_name(part, where)
     return found
+
+
+def tag_list(label: object, where: str, words: int) -> list[str | int | float]:
+    """The tags of a row of so many words: a list, or one written as JSON.
+
+    Raises:
+        DataError: it is none, holds something that is no tag, or is not as long as the words.
+    """
+    found = _as_list(label)
+    if found is None:
+        got = "no tags" if label is None or label == "" else f"tags {shown(label)}"
+        raise DataError(f'{where}: {got}; allowed: a list with a tag for each word, such as ["B-PER", "O"]')
+    if len(found) != words:
+        raise DataError(f"{where}: {words} words, but {len(found)} tags; give each word one tag")
+    for tag in found:
+        label_name(tag, where)
+    return found
+
+
+def word_list(words: object, where: str) -> list[str]:
+    """The words of a row as they are, lone surrogates as U+FFFD: a list, or one written as JSON.
+
+    Raises:
+        DataError: it is none, holds something else than strings, or none that is more than white space.
+    """
+    found = _as_list(words)
+    if found is None or not all(isinstance(word, str) for word in found):
+        raise DataError(f'{where}: words {shown(words)}; allowed: a list of strings, such as ["Ada", "wrote"]')
+    if not any(str(word).strip() for word in found):
+        raise DataError(f"{where}: no words (got {shown(words)}); write some there or remove the row")
+    return [without_surrogates(word, where) for word in found]
 
 
 def are_binary(lists: Sequence[Sequence[object]], classes: int | None = None) -> bool:

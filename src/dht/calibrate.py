@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._labels import IGNORED
 from .hf.convert import deal_neurons
 from .hf.modeling import DHTForSequenceClassification, exit_loss
 from .maps import fit_maps
@@ -79,14 +80,22 @@ def _fit_exit_heads(
 ) -> None:
     encoder, task = model.encoder, model.task
     pooled: list[list[Tensor]] = [[] for _ in encoder.blocks]
+    told = []
     for batch in batches:
+        labels = batch["labels"]
+        if model.tags:  # every token that has a tag is a row of its own
+            labels = labels[batch["attention_mask"].bool()][:, None]
+            tagged = labels[:, 0] != IGNORED
+            labels = labels[tagged]
+        told.append(labels)
         with torch.no_grad():
             rows = encoder.embeddings(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
             bias = encoder.position_bias(rows.max_length) if encoder.position_bias is not None else None
             for layer, block in enumerate(encoder.blocks):
                 rows = rows.with_hidden(block(rows, None, bias))
-                pooled[layer].append(encoder.pool(layer + 1, rows).float())
-    labels = torch.cat([batch["labels"] for batch in batches])
+                read = encoder.pool(layer + 1, rows).float()
+                pooled[layer].append(read[tagged][:, None] if model.tags else read)
+    labels = torch.cat(told)
     states = [torch.cat(part) for part in pooled]
     if isinstance(task, Embedding):
         fit_maps(list(encoder.exits), states, labels)

@@ -121,7 +121,10 @@ def train(
     ] = "none",
     task: Annotated[
         str,
-        typer.Option(help="single, multi (labels are lists), regression, auto (as labels look, said), or embedding."),
+        typer.Option(
+            help="single, multi (labels are lists), regression, auto (as labels look, said), embedding, or token (a "
+            "tag a word)."
+        ),
     ] = "auto",
     limit: Limit = None,
     dense: Annotated[bool, typer.Option("--dense", help="Train the plain full model instead: the reference.")] = False,
@@ -345,9 +348,8 @@ def predict(
     model, tokenizer = load_run(folder, device)
     if budget is not None:
         model.policy.set_budget(check_budget(budget))
-    for row in run(
-        model, tokenizer, read_texts(file, text_column=text_column), batch_size=batch_size, max_length=max_length
-    ):
+    texts = read_texts(file, text_column=text_column, tagged=model.tags)
+    for row in run(model, tokenizer, texts, batch_size=batch_size, max_length=max_length):
         sys.stdout.write(to_line(row) + "\n")
         sys.stdout.flush()
 

@@ -22,6 +22,8 @@ class CostModel:
         attends: True if the full model's classifier scores the tokens with H queries.
         gated: True if the FFN has three matrices (GeGLU) instead of two.
         embedded: width E of the embedding tables; None = D. Another than D is projected to it.
+        tags: True if an exit classifies every token instead of the row; `attends` then says whether a D x D projection
+            comes before the classifier.
 
     Example:
         >>> cost = CostModel(width=384, heads=12, ffn=1536, layers=6, classes=2, coupled=True)
@@ -38,6 +40,7 @@ class CostModel:
     attends: bool = False
     gated: bool = False
     embedded: int | None = None
+    tags: bool = False
 
     @property
     def token_unit(self) -> int:
@@ -64,8 +67,10 @@ class CostModel:
 
         Args:
             lengths: int64 [R], tokens of each row.
-            attends: True if H queries score every token first.
+            attends: True if H queries score every token first; of a tagger, if its classifier comes after a projection.
         """
+        if self.tags:
+            return lengths.to(torch.float64) * (2.0 * self.width * (self.classes + self.width * attends))
         scored = lengths.to(torch.float64) * (self.heads if attends else 0)
         return 2.0 * self.width * (self.width + self.classes + scored)
 

@@ -23,6 +23,7 @@ from dht._labels import (
     REGRESSION,
     SINGLE,
     TASKS,
+    TOKEN,
     are_binary,
     inferred_task,
     label_list,
@@ -30,7 +31,9 @@ from dht._labels import (
     label_number,
     list_names,
     no_label,
+    tag_list,
     task_note,
+    word_list,
 )
 from dht._rows import clean_text, decode_line, parse_object, read_lines
 from dht._sources import SPLITS, Source, open_source
@@ -53,21 +56,22 @@ RARE = 0.1
 STREAM_ROWS = 100_000
 """Rows taken of each streamed split, unless another number is asked for."""
 
-Text = str | tuple[str, str]
-"""A text, or the two texts of a pair."""
+Text = str | tuple[str, str] | list[str]
+"""A text, the two texts of a pair, or the words of a row that is to be tagged."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Texts and their labels; of pairs, also the second texts.
+    """Texts and their labels; of pairs, also the second texts; of rows of words, also the words.
 
     A label is the index of its class in `TextData.label_names`; with several labels a row, a list of 1.0 for each class
-    that the row has and 0.0 for the others; of a regression, the number.
+    that the row has and 0.0 for the others; of a regression, the number; of words, a list with each word's tag.
     """
 
     texts: list[str]
     labels: list[Any]
     pairs: list[str] | None = None
+    words: list[list[str]] | None = None
 
     def __post_init__(self) -> None:
         assert len(self.texts) == len(self.labels)
@@ -78,7 +82,9 @@ class Split:
 
     @property
     def inputs(self) -> list[Text]:
-        """Each row as `dht.predict.predict` takes it: a text, or both texts of a pair."""
+        """Each row as `dht.predict.predict` takes it: a text, both texts of a pair, or its words."""
+        if self.words is not None:
+            return list(self.words)
         return list(self.texts) if self.pairs is None else list(zip(self.texts, self.pairs, strict=True))
 
     @property
@@ -92,7 +98,8 @@ class Split:
         """The rows with these numbers."""
         wanted = list(wanted)
         pairs = None if self.pairs is None else [self.pairs[row] for row in wanted]
-        return Split([self.texts[row] for row in wanted], [self.labels[row] for row in wanted], pairs)
+        words = None if self.words is None else [self.words[row] for row in wanted]
+        return Split([self.texts[row] for row in wanted], [self.labels[row] for row in wanted], pairs, words)
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,7 @@ class TextData:
 
 @dataclass(frozen=True)
 class _Checked:
-    """A split whose rows were checked but whose labels are still names, sets of names or numbers."""
+    """A split whose rows were checked but whose labels are still names, sets or lists of names, or numbers."""
 
     texts: list[str]
     pairs: list[str] | None
@@ -122,6 +129,7 @@ class _Checked:
     lines: list[int]
     task: str
     width: int = 0  # of lists of 0 and 1, their length
+    words: list[list[str]] | None = None
 
     @property
     def distinct(self) -> set[str]:
@@ -163,8 +171,9 @@ def load_data(
         label_names: the classes of a trained model, in its order. Labels are mapped onto them.
         stream_rows: rows taken of each split that is streamed; `notes` says how many there were.
         task: what labels are: "single" (one class), "multi" (a list of classes, or of 0 and 1), "regression" (a
-            number), "embedding" (none needed) or "auto" (inferred from the first split that is read, which `notes`
-            says); a `problem_type` works too.
+            number), "embedding" (none needed), "token" (a list with a tag for each word; texts are lists of words) or
+            "auto" (one of the first three, inferred from the first split that is read, which `notes` says); a
+            `problem_type` works too.
         limit: rows kept of train, validation and test at most; which ones, a hash of their texts decides, so it is the
             same draw everywhere, and `notes` tells it.
 
@@ -177,7 +186,8 @@ def load_data(
     assert set(splits) | set(optional) <= set(SPLITS), "unknown split"
     if task not in ("auto", *TASKS, *TASKS.values()):
         raise DataError(f"task: got {shown(task)}, allowed: {', '.join(('auto', *TASKS))}")
-    choice = ColumnChoice(text_column, label_column, labelled=task != EMBEDDING)
+    problem = TASKS.get(task, task)
+    choice = ColumnChoice(text_column, label_column, labelled=problem != EMBEDDING, tagged=problem == TOKEN)
     src = open_source(source, choice, stream_rows)
     make_validation = "validation" in splits and "validation" not in src.rows and "train" in src.rows
     for split in splits:
@@ -188,7 +198,8 @@ def load_data(
     train_decides = "train" in src.rows and (make_validation or not label_names)
     read = [s for s in SPLITS if s in wanted or (s == "train" and train_decides)]
 
-    problem = _first_task(src, read) if task == "auto" else TASKS.get(task, task)
+    if task == "auto":
+        problem = _first_task(src, read)
     checked = {split: _check_rows(src, split, problem) for split in read}
     if problem == MULTI:
         checked = _named_sets(src, checked, label_names)
@@ -214,13 +225,14 @@ def load_data(
 
 
 def read_texts(
-    source: str | Path | Iterable[str] | Iterable[bytes], *, text_column: str | None = None
+    source: str | Path | Iterable[str] | Iterable[bytes], *, text_column: str | None = None, tagged: bool = False
 ) -> Iterator[Text]:
     r"""The texts to predict, one a line, as they arrive: a plain text, or a JSON object that holds it or a pair.
 
     Args:
         source: a path (`.gz` is unpacked), `-` for standard input, or lines.
         text_column: the key of the text in a JSON object, as for `load_data`.
+        tagged: True for lists of words: an object's `tokens`, or a plain text split at white space.
 
     Raises:
         DataError: a line is empty, not UTF-8, starts with `{` and is not a JSON object, or its object holds no text.
@@ -235,13 +247,17 @@ def read_texts(
         if number == 1:
             line = line.removeprefix("\ufeff")
         if not line.lstrip().startswith("{"):
-            yield clean_text(line, where)
+            text = clean_text(line, where)
+            yield text.split() if tagged else text
             continue
         row = parse_object(line, f"{where} starts with '{{'")
-        keys = [key for key in text_columns(list(row), text_column, where) if key]
+        keys = [key for key in text_columns(list(row), text_column, where, tagged=tagged) if key]
         for key in keys:
             if key not in row:
                 raise DataError(f"{where}: the object has no {shown(key)}; keys there: {listed(row)}")
+        if tagged:
+            yield word_list(row[keys[0]], where)
+            continue
         texts = [clean_text(row[key], where) for key in keys]
         yield texts[0] if len(texts) == 1 else (texts[0], texts[1])
 
@@ -337,6 +353,8 @@ def _named_sets(src: Source, checked: dict[str, _Checked], label_names: list[str
 
 
 def _check_rows(src: Source, split: str, task: str) -> _Checked:
+    if task == TOKEN:
+        return _check_tagged(src, split)
     read = {SINGLE: label_name, MULTI: label_list, REGRESSION: label_number, EMBEDDING: no_label}[task]
     texts: list[str] = []
     names: list[Any] = []
@@ -356,9 +374,34 @@ def _check_rows(src: Source, split: str, task: str) -> _Checked:
                 f"{where}: label {shown(label)} is {'an integer' if isinstance(label, int) else 'a string'}, but "
                 "earlier labels are not; use integers or names throughout"
             )
-    if not texts:
-        raise DataError(f"{src.where[split].rsplit(' ', 1)[0]}: no rows; the {split} split needs at least one")
+    _require_rows(src, split, len(texts))
     return _Checked(texts, pairs or None, names, lines, task)
+
+
+def _check_tagged(src: Source, split: str) -> _Checked:
+    words: list[list[str]] = []
+    names: list[list[str]] = []
+    lines: list[int] = []
+    integers: bool | None = None
+    for line, text, label, _ in src.rows[split]:
+        where = f"{src.where[split]} {line}"
+        words.append(word_list(text, where))
+        tags = tag_list(label, where, len(words[-1]))
+        for tag in tags:
+            integers = isinstance(tag, int) if integers is None else integers
+            if isinstance(tag, int) != integers:
+                raise DataError(
+                    f"{where}: tag {shown(tag)}: some tags are integers, others names; use either throughout"
+                )
+        names.append([label_name(tag, where) for tag in tags])
+        lines.append(line)
+    _require_rows(src, split, len(words))
+    return _Checked([" ".join(row) for row in words], None, names, lines, TOKEN, words=words)
+
+
+def _require_rows(src: Source, split: str, rows: int) -> None:
+    if not rows:
+        raise DataError(f"{src.where[split].rsplit(' ', 1)[0]}: no rows; the {split} split needs at least one")
 
 
 def _classes(
@@ -397,7 +440,9 @@ def _require_variety(src: Source, train: _Checked) -> None:
     where = src.where["train"].rsplit(" ", 1)[0]
     if train.task == MULTI and not train.distinct:
         raise DataError(f"{where}: no row has a label; training needs one class or more")
-    if train.task != MULTI and len(set(train.names)) < 2:
+    if train.task == TOKEN and len(train.distinct) < 2:
+        raise DataError(f"{where}: all words have the tag {shown(train.names[0][0])}; training needs two tags or more")
+    if train.task not in (MULTI, TOKEN) and len(set(train.names)) < 2:
         needed = "two classes or more" if train.task == SINGLE else "numbers that differ"
         raise DataError(
             f"{where}: all {len(train.names)} rows have the label {shown(train.names[0])}; training needs {needed}"
@@ -409,7 +454,7 @@ def _indexed(src: Source, split: str, rows: _Checked, names: list[str], indices:
         return Split(rows.texts, rows.names, rows.pairs)
     labels: list[Any] = []
     for line, said in zip(rows.lines, rows.names, strict=True):
-        several = rows.task == MULTI
+        several = rows.task in (MULTI, TOKEN)
         name = next((name for name in (said if several else (said,)) if name not in indices), None)
         if name is not None:
             hint = " (-1 marks hidden labels: use another split)" if name == "-1" else ""
@@ -417,12 +462,14 @@ def _indexed(src: Source, split: str, rows: _Checked, names: list[str], indices:
                 f"{src.where[split]} {line}: label {shown(name)} is not a known class{hint}; "
                 f"allowed: {listed(indices)}; fix the label or train with that class"
             )
-        if several:
+        if rows.task == TOKEN:
+            labels.append([indices[name] for name in said])
+        elif several:
             on = {indices[name] for name in said}
             labels.append([float(i in on) for i in range(len(names))])
         else:
             labels.append(indices[said])
-    return Split(rows.texts, labels, rows.pairs)
+    return Split(rows.texts, labels, rows.pairs, rows.words)
 
 
 def _cut_note(train: Split, validation: Split, seed: int) -> str:

@@ -14,14 +14,16 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.utils import logging as hub_logging
 
 from . import assets
+from ._labels import IGNORED
 from .config import TrainSettings
 from .data import Split
 from .errors import CheckpointError, ConfigError, DHTError
 from .hf.configuration import FORMAT_VERSION, DHTConfig
 from .hf.convert import convert, load_source
-from .hf.modeling import DHTForSequenceClassification
+from .hf.modeling import DHTForSequenceClassification, model_class
 from .manifest import verify
 from .task import Regression
+from .words import encode_tagged
 
 RUN_FILE = "run.json"
 """In a run folder: the settings that the training was told."""
@@ -55,7 +57,7 @@ EXIT_MEMORY = 0.5
 
 
 def _classifies(options: Mapping[str, Any]) -> bool:
-    return options.get("head") != "embedding" and options.get("problem_type") != Regression.name
+    return options.get("head") not in ("embedding", "token") and options.get("problem_type") != Regression.name
 
 
 def build(
@@ -81,12 +83,14 @@ def build(
     if settings.model in PRESETS:
         tokenizer = AutoTokenizer.from_pretrained(assets.model_path("minilm"))
         options |= {"vocab_size": len(tokenizer), "norm": "pre", "type_vocab_size": 0, "num_labels": len(label_names)}
-        model = DHTForSequenceClassification(DHTConfig(**options, **PRESETS[settings.model]))
+        config = DHTConfig(**options, **PRESETS[settings.model])
+        model = model_class(config.head)(config)
     elif settings.model.startswith("preset:"):
         raise DHTError(f"--model: no preset {settings.model!r}; there are: {', '.join(PRESETS)}")
     else:
         path = model_folder(settings.model)
-        model = convert(load_source(path, len(label_names)), len(label_names), **options)
+        source = load_source(path, len(label_names), options.get("head", "classifier"))
+        model = convert(source, len(label_names), **options)
         tokenizer = _tokenizer(path)
     model.config.id2label = dict(enumerate(label_names))
     model.config.label2id = {name: i for i, name in enumerate(label_names)}
@@ -133,7 +137,9 @@ def _tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, split: Split, max_length: int) -> list[dict[str, Any]]:
-    """One dict a row: what `encode` makes of it, and `labels`."""
+    """One dict a row: what `encode` makes of it, and `labels`; of rows of words see `encode_tagged`."""
+    if split.words is not None:
+        return encode_tagged(tokenizer, split.words, split.labels, max_length)
     rows = encode(tokenizer, split.texts, split.pairs, max_length)
     return [row | {"labels": label} for row, label in zip(rows, split.labels, strict=True)]
 
@@ -159,7 +165,10 @@ def encode(
 
 
 def collate(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """A padded batch: `input_ids`, `attention_mask` and, where the rows have them, `token_type_ids` and `labels`."""
+    """A padded batch: `input_ids`, `attention_mask` and, where the rows have them, `token_type_ids` and `labels`.
+
+    The rows' `tags` become labels [B, T], -100 where they are padded.
+    """
     longest = max(len(row["input_ids"]) for row in rows)
     batch = {
         "input_ids": torch.full((len(rows), longest), tokenizer.pad_token_id or 0),
@@ -173,6 +182,10 @@ def collate(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]) 
         for i, row in enumerate(rows):
             types = row.get("token_type_ids", [])  # single texts among pairs are of type 0
             batch["token_type_ids"][i, : len(types)] = torch.tensor(types, dtype=torch.long)
+    if "tags" in rows[0]:
+        batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
+        for i, row in enumerate(rows):
+            batch["labels"][i, : len(row["tags"])] = torch.tensor(row["tags"])
     if "labels" in rows[0]:
         labels = [row["labels"] for row in rows]
         batch["labels"] = torch.stack(labels) if isinstance(labels[0], Tensor) else torch.tensor(labels)
@@ -216,7 +229,7 @@ def load_run(folder: str | Path, device: str = "auto") -> tuple[DHTForSequenceCl
         )
     verify(folder)
     try:
-        model, report = DHTForSequenceClassification.from_pretrained(
+        model, report = model_class(config.get("head", "classifier")).from_pretrained(
             folder, output_loading_info=True, local_files_only=True
         )
         model.policy.check_sound()

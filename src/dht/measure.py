@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._labels import IGNORED
 from .hf.convert import FAMILIES, export
 from .hf.modeling import DHTForSequenceClassification
 from .plan import Trace
 from .policy.base import Policy
 from .policy.baselines import DensePolicy
-from .task import SINGLE_LABEL, Task
+from .task import SINGLE_LABEL, Task, TokenTags
 
 Batch = dict[str, Tensor]
 
@@ -28,9 +29,10 @@ class Outcome:
     """What a policy did on a set of batches, in the rows' original order of the batches.
 
     Attributes:
-        labels, predictions: [n, ...], as the task has them; int64 [n] of single labels.
+        labels, predictions: [n, ...], as the task has them; int64 [n] of single labels. Tags are int64 [n, T], -100 at
+            places without one.
         layers: int64 [n]. units: bool [n, N, H]. flops, dense_flops: float64 [n].
-        exit_logits: float [n, N, C], zeros where not visited; visited: bool [n, N].
+        exit_logits: float [n, N, C] (of a tagger [n, N, T, C]), zeros where not visited; visited: bool [n, N].
     """
 
     labels: Tensor
@@ -83,11 +85,25 @@ def run_policy(
             trace: Trace = model(**inputs, policy=policy).trace
             logits, visited = trace.exit_table()
             answer = model.task.answers(trace.logits)
+            if isinstance(model.task, TokenTags):
+                answer = torch.where(labels == IGNORED, labels, answer)
             row = (labels, answer, trace.layers, trace.units, trace.flops, trace.dense_flops, logits.float(), visited)
             parts.append(tuple(part.cpu() for part in row))
             if progress:
                 progress()
-    return Outcome(*(torch.cat(column) for column in zip(*parts, strict=True)), task=model.task)
+    return Outcome(*(_joined(column) for column in zip(*parts, strict=True)), task=model.task)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The batches end to end; those of a tagger, of different numbers of tokens, padded to the longest."""
+    shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    if all(list(part.shape[1:]) == shape for part in parts):
+        return torch.cat(list(parts))
+    fill = -torch.inf if parts[0].is_floating_point() else IGNORED
+    whole = parts[0].new_full((sum(map(len, parts)), *shape), fill)
+    for rows, part in zip(whole.split([len(part) for part in parts]), parts, strict=True):
+        rows[tuple(slice(size) for size in part.shape)] = part
+    return whole
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -79,6 +79,45 @@ def vector_scores(labels: Tensor, answers: Tensor) -> dict[str, float]:
     scores["neighbour_agreement"] = float((near.argmax(-1) == found.argmax(-1)).double().mean())
     scores["ranking"] = _mean(_correlation(_ranks(a), _ranks(b)) for a, b in zip(near, found, strict=True))
     return scores
+
+
+def entity_scores(truth: Sequence[Sequence[str]], answers: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Precision, recall and F1 of entities, all types together: right are those whose type and both ends are.
+
+    Where neither side has an entity, all three are 1.
+
+    Args:
+        truth, answers: of each row its tags, as `entities` reads them.
+    """
+    true, said = (
+        {(row, *entity) for row, tags in enumerate(side) for entity in entities(tags)} for side in (truth, answers)
+    )
+    hit = len(true & said)
+    precision, recall = hit / max(len(said), 1), hit / max(len(true), 1)
+    if not true and not said:
+        precision = recall = 1.0
+    f1 = 2 * precision * recall / (precision + recall) if hit else precision * recall
+    return {"entity_f1": f1, "entity_precision": precision, "entity_recall": recall}
+
+
+def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Type, first word and the word after the last of every entity in a row of BIO tags.
+
+    Tags that break the scheme are read as by the CoNLL script: an I-X that goes on with nothing begins an entity.
+
+    >>> entities(["B-PER", "I-PER", "O", "I-LOC", "B-LOC"])
+    [('PER', 0, 2), ('LOC', 3, 4), ('LOC', 4, 5)]
+    """
+    found: list[tuple[str, int, int]] = []
+    kind, start = "", 0
+    for place, tag in enumerate([*tags, "O"]):
+        mark, _, now = tag.partition("-")
+        if kind and (mark != "I" or now != kind):
+            found.append((kind, start, place))
+            kind = ""
+        if mark != "O" and not kind:
+            kind, start = now, place
+    return found
 
 
 def _f1(true: Tensor, said: Tensor) -> float:

@@ -67,7 +67,10 @@ class Plan:
 
 @dataclass
 class Exit:
-    """Logits of one exit: `layer` in 1..N, `rows` int64 [R], `logits` [R, C]."""
+    """Logits of one exit: `layer` in 1..N, `rows` int64 [R], `logits` [R, C].
+
+    Of a tagger they are [R, T, C], -inf at places without a token.
+    """
 
     layer: int
     rows: Tensor
@@ -173,7 +176,8 @@ class Trace:
     Attributes:
         account: what ran; `units`, `flops`, `dense_flops` and `layer_cost` are read off it.
         exits: every exit that was computed, in order of depth.
-        logits: [B, C], each row's answer: the logits of the last exit that it reached.
+        logits: [B, C], each row's answer: the logits of the last exit that it reached. Of a tagger [B, T, C], as its
+            exits have them.
         decisions: of policies that learn, one entry a layer: the rows (int64 [R]) and what was decided for them. The
             tables `arm`, `context` and `wants_stop` are made of it when somebody asks.
         gate_grads: per layer, (rows [R], set [k], d loss / d gate [R, k]) of each executed group; filled by backward.
@@ -256,10 +260,13 @@ class Trace:
         return float(self.flops.sum() / self.dense_flops.sum().clamp_min(1.0))
 
     def exit_table(self) -> tuple[Tensor, Tensor]:
-        """Returns all exits as one table: logits [B, N, C] (zeros where not visited) and visited, bool [B, N]."""
+        """Returns all exits as one table: logits [B, N, C] (zeros where not visited) and visited, bool [B, N].
+
+        Of a tagger the logits are [B, N, T, C].
+        """
         rows, num_layers = len(self.account.lengths), self.account.cost.layers
         first = self.exits[0].logits
-        table = first.new_zeros(rows, num_layers, first.shape[-1])
+        table = first.new_zeros(rows, num_layers, *first.shape[1:])
         visited = torch.zeros(rows, num_layers, dtype=torch.bool, device=first.device)
         for exit_ in self.exits:
             table[exit_.rows, exit_.layer - 1] = exit_.logits.detach()

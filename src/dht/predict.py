@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ._rows import without_surrogates
@@ -14,6 +15,8 @@ from .data import Text
 from .errors import NonFiniteError
 from .hf.modeling import DHTForSequenceClassification
 from .load import collate, encode, lines_in_batches
+from .plan import Trace
+from .words import encode_words, split_words, tell_words
 
 
 def predict(
@@ -28,28 +31,42 @@ def predict(
     """One dict a text, in order: `label`, `score` (its probability), `layers`, `heads`, `flops_fraction`.
 
     With several labels a row, `label` and `score` are lists; of a regression, `label` is the number and `score` None;
-    an embedding has neither, but `embedding`.
+    an embedding has neither, but `embedding`. A tagger's row has `tokens` (the words), `tags` and `scores`: one each a
+    word, None of words that are cut off or that the tokenizer drops.
 
     Args:
-        texts: single ones or pairs, read lazily, a batch at a time; lone surrogates, which no UTF-8 can hold, count
-            as U+FFFD.
+        texts: single ones or pairs (for a tagger lists of words, or texts to split at white space), read lazily, a
+            batch at a time; lone surrogates, which no UTF-8 can hold, count as U+FFFD.
         batch_size: rows that run together; it does not change any answer.
         max_length: tokens a text is cut to.
         details: also `units` (unit indices per layer run) and `exits` (label and score of each exit passed).
 
     Raises:
-        DataError: a text is not a string.
+        DataError: a text is not a string, or not words.
         NonFiniteError: the model's answer to a text is not a number.
     """
     names, done = [model.config.label_names[i] for i in range(len(model.config.label_names))], 0
     task = model.task
+    words: list[list[str]] = []
+    places: list[dict[int, int]] = []
     model.eval()
+
+    def told(i: int, logits: Tensor) -> dict[str, Any]:
+        if not model.tags:
+            return task.told(logits, names)
+        return tell_words(task.told(logits[list(places[i].values())], names), words[i], places[i])
+
     for held in lines_in_batches(texts, batch_size):
-        held = cleaned(held, done + 1)
-        batch = collate(tokenizer, encode_mixed(tokenizer, held, max_length))
+        if model.tags:
+            words = split_words(held, done + 1)
+            encoded, places = encode_words(tokenizer, words, max_length)
+        else:
+            encoded = encode_mixed(tokenizer, cleaned(held, done + 1), max_length)
+        batch = collate(tokenizer, encoded)
         with torch.inference_mode():
-            trace = model(**{key: value.to(model.device) for key, value in batch.items()}).trace
-        sound = trace.logits.isfinite().all(-1)
+            output = model(**{key: value.to(model.device) for key, value in batch.items()})
+        trace: Trace = output.trace
+        sound = output.logits.isfinite().flatten(1).all(-1)
         if not bool(sound.all()):
             first = done + 1 + int((~sound).nonzero()[0])
             raise NonFiniteError(
@@ -60,15 +77,16 @@ def predict(
         table, visited = trace.exit_table()
         for i in range(len(held)):
             row: dict[str, Any] = {
-                **task.told(trace.logits[i], names),
+                **told(i, trace.logits[i]),
                 "layers": int(ran[i]),
                 "heads": widths[i, : int(ran[i])].tolist(),
                 "flops_fraction": round(float(trace.flops[i] / trace.dense_flops[i]), 6),
             }
             if details:
                 row["units"] = [layer.nonzero()[:, 0].tolist() for layer in trace.units[i, : int(ran[i])]]
-                told = [task.told(logits, names) for logits, seen in zip(table[i], visited[i], strict=True) if seen]
-                row["exits"] = [{"prediction": exit_.get("label"), "score": exit_.get("score")} for exit_ in told]
+                exits = [told(i, logits) for logits, seen in zip(table[i], visited[i], strict=True) if seen]
+                answer, score = ("tags", "scores") if model.tags else ("label", "score")
+                row["exits"] = [{"prediction": exit_.get(answer), "score": exit_.get(score)} for exit_ in exits]
             yield row
 
 

@@ -38,7 +38,7 @@ from .manifest import MANIFEST, MODEL_FILES, TOKENIZER_FILES, write_manifest
 from .measure import autocast, report_of, run_policy, split_labels, time_policy
 from .policy.baselines import DensePolicy
 from .policy.budget import Schedule
-from .task import Embedding, Regression, SingleLabel
+from .task import Embedding, Regression, SingleLabel, TokenTags
 from .training import DHTTrainer, Ledger, finish
 
 CALIBRATION_BATCHES = 16
@@ -206,6 +206,8 @@ def task_options(data: TextData) -> dict[str, Any]:
         return {}
     if data.task == Embedding.name:
         return {"head": "embedding"}
+    if data.task == TokenTags.name:
+        return {"head": "token"}
     options: dict[str, Any] = {"problem_type": data.task}
     if data.task == Regression.name:
         assert data.train is not None
@@ -360,7 +362,7 @@ def dense_step_seconds(
     """
     contenders: dict[str, torch.nn.Module] = {"dense": copy.deepcopy(model)}
     contenders["dense"].active_policy = DensePolicy(model.config.num_attention_heads)
-    if model.config.source in FAMILIES and model.config.head == "classifier":  # no loss without labels there
+    if model.config.source in FAMILIES and model.config.head != "embedding":  # no loss without labels there
         contenders["transformers"] = export(model)
     taken = dict.fromkeys(contenders, 0.0)
     for contender in contenders.values():

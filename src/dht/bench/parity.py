@@ -40,7 +40,7 @@ def check_parity(
     for name, policy in policies.items():
         with torch.inference_mode():
             trace = _run(model, policy, inputs)
-            worst[name] = _compare(f"{name}: logits", _answers(model, trace, inputs), trace.logits, OUTPUTS)
+            worst[name] = _compare(f"{name}: logits", _answers(model, policy, trace, inputs), trace.logits, OUTPUTS)
         if gradients:
             worst[name] = max(worst[name], _compare_gradients(model, name, policy, inputs, batch["labels"]))
     model.train(was_training)
@@ -53,9 +53,10 @@ def _run(model: DHTForSequenceClassification, policy: Policy, inputs: Batch, *, 
     return trace
 
 
-def _answers(model: DHTForSequenceClassification, trace: Trace, inputs: Batch) -> Tensor:
+def _answers(model: DHTForSequenceClassification, policy: Policy, trace: Trace, inputs: Batch) -> Tensor:
     """The reference's logits [B, C] of the exits at which the rows left."""
-    exits = torch.stack(reference(model.encoder, Plan(trace.units), **inputs), 1)
+    places = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("token_type_ids")
+    exits = torch.stack(reference(model.encoder, Plan(trace.units), *places, alone=not policy.reads_exits), 1)
     return exits[torch.arange(len(exits), device=exits.device), trace.layers - 1]
 
 
@@ -68,7 +69,8 @@ def _compare_gradients(
     exit_loss(trace, labels, model.task).backward()
     fast = {key: _gradient(parameter) for key, parameter in parameters.items()}
     model.zero_grad(set_to_none=True)
-    exits = reference(model.encoder, Plan(trace.units), **inputs)
+    places = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("token_type_ids")
+    exits = reference(model.encoder, Plan(trace.units), *places)
     _reference_loss(exits, trace.layers, labels, model.task).backward()
     slow = {key: _gradient(parameter) for key, parameter in parameters.items()}
     model.zero_grad(set_to_none=True)

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from .._files import write_text
-from ..task import Embedding, MultiLabel, Regression, SingleLabel
+from ..task import Embedding, MultiLabel, Regression, SingleLabel, TokenTags
 from .modeling import DHTForSequenceClassification
 
 CARD = "README.md"
@@ -49,6 +49,9 @@ KINDS = {
         "A model that gives a number to a text", "text-classification",
         {"r2": "r_squared", "mae": "mae", "pearson": "pearsonr", "spearman": "spearmanr"},
     ),
+    TokenTags.name: Kind(
+        "A tagger of words", "token-classification", {"accuracy": "accuracy", "entity_f1": "f1"}, True,
+    ),
     Embedding.name: Kind("A text embedder", "feature-extraction", {}, embeds=True),
 }  # fmt: skip
 
@@ -62,6 +65,7 @@ FIGURES = (
     ("spearman", "Spearman's correlation", ".4f"),
     ("cosine", "cosine to the full model's vector", ".4f"),
     ("ranking", "rank correlation of the texts' likeness with the full model's", ".4f"),
+    ("entity_f1", "F1 of entities", ".4f"),
     ("full_depth_accuracy", "accuracy of the same weights, everything run", ".4f"),
     ("full_depth_micro_f1", "micro F1 of the same weights, everything run", ".4f"),
     ("full_depth_r2", "R2 of the same weights, everything run", ".4f"),

@@ -10,7 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .._labels import EMBEDDING, REGRESSION, SINGLE
+from .._labels import EMBEDDING, REGRESSION, SINGLE, TOKEN
 from ..errors import ConfigError, shown
 
 FORMAT_VERSION = 1
@@ -81,7 +81,8 @@ class DHTConfig(PreTrainedConfig):
         class_weights: what a row of each class counts in the loss; None = 1.
         problem_type: "single_label_classification" (None means it too), "multi_label_classification" or "regression"
             (None with one output); the task (`dht.task`).
-        head: what the exits give: "classifier" (logits of classes, or a number) or "embedding" (a vector, `dht.embed`).
+        head: what the exits give: "classifier" (logits of classes, or a number), "embedding" (a vector, `dht.embed`) or
+            "token" (logits of tags for every token; nothing is pooled, whatever `pooling` says).
         label_mean, label_std: of a regression's training labels; its loss and reward are in units of them.
         budget: the fraction of dense FLOPs that the model was trained for.
         policy_seed: seed of the policy's draws.
@@ -211,7 +212,7 @@ class DHTConfig(PreTrainedConfig):
             "search": ("tree", "integrated"),
             "ffn": ("coupled", "dense"),
             "reward": ("correct", "probability"),
-            "head": ("classifier", "embedding"),
+            "head": ("classifier", "embedding", "token"),
         }.items():
             got = getattr(self, name)
             need(got in allowed, f"{name}: got {got!r}, allowed: {', '.join(map(str, allowed))}")
@@ -243,13 +244,16 @@ class DHTConfig(PreTrainedConfig):
     def _wrong_for_task(self) -> list[str]:
         """What does not go with the task: a setting that would be ignored is wrong too."""
         problem, outputs, mean, std = self.problem_type, len(self.label_names), self.label_mean, self.label_std
-        if self.head == "embedding":
-            task = EMBEDDING
+        own = {"embedding": EMBEDDING, "token": TOKEN}.get(self.head)
+        if own:
+            task = own
         else:
             task = problem or (REGRESSION if outputs == 1 else SINGLE)
         numeric, plain = task == REGRESSION, task in (REGRESSION, EMBEDDING)
         found = (
             (task == EMBEDDING and problem is not None, f"problem_type: got {problem!r}, an embedding has none"),
+            (task == TOKEN and problem is not None, f"problem_type: got {problem!r}, a tagger has none"),
+            (task == TOKEN and outputs < 2, f"num_labels: got {outputs}, a tagger needs 2 tags or more"),
             (numeric and outputs != 1, f"problem_type: {task!r} has one output, got {outputs}"),
             (
                 task != SINGLE and self.class_weights is not None,
@@ -258,6 +262,10 @@ class DHTConfig(PreTrainedConfig):
             (
                 plain and self.reward != "correct",
                 f"reward: got {self.reward!r}, but the task {task!r} takes only 'correct'",
+            ),
+            (
+                task == TOKEN and (self.distillation > 0 or self.exit_memory > 0),
+                "distillation, exit_memory: for answers of whole rows, not for tags",
             ),
             (std <= 0, f"label_std: got {std}, must be above 0"),
             (

@@ -8,13 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
 from ..errors import DHTError
 from ..model.block import Block
 from .configuration import DHTConfig
 from .families import FAMILIES, Family, family_of, settings_of, source_settings
-from .modeling import DHTForSequenceClassification
+from .modeling import DHTForSequenceClassification, model_class
 
 __all__ = ["FAMILIES", "convert", "deal_neurons", "export", "load_source"]
 
@@ -22,7 +28,8 @@ __all__ = ["FAMILIES", "convert", "deal_neurons", "export", "load_source"]
 def convert(model: PreTrainedModel, num_labels: int | None = None, **settings: Any) -> DHTForSequenceClassification:
     """A dynamic classifier with the weights of `model`; a full plan gives the same hidden states.
 
-    A sequence classifier keeps its head as the last exit; a base model's pooler (if it has one) starts every exit head.
+    A sequence or token classifier keeps its head as the last exit; a base model's pooler (if it has one) starts every
+    exit head. A token classifier, or `head="token"`, makes a `DHTForTokenClassification`.
 
     Args:
         model: a `transformers` model of one of the `FAMILIES`, with or without a classification head.
@@ -37,17 +44,19 @@ def convert(model: PreTrainedModel, num_labels: int | None = None, **settings: A
     labelled: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     if num_labels is None and getattr(source, "id2label", None):
         labelled = {"id2label": source.id2label, "label2id": source.label2id}
+    kind = "token" if type(model).__name__.endswith("ForTokenClassification") else "classifier"
+    settings = {"head": kind} | settings
     keeps_head = (
         hasattr(model, "classifier")
-        and settings.get("head") != "embedding"
+        and settings["head"] == kind
         and (num_labels is None or num_labels == source.num_labels)
     )
-    if keeps_head:  # the checkpoint's own head reads the first token, unless it says otherwise
+    if keeps_head and kind == "classifier":  # the checkpoint's own head reads the first token, unless it says otherwise
         labelled["last_pooling"] = getattr(source, "classifier_pooling", "cls")
         if source.problem_type is not None:
             settings = {"problem_type": source.problem_type} | settings
     config = DHTConfig(**settings_of(source), **labelled, **settings)
-    dynamic = DHTForSequenceClassification(config)
+    dynamic = model_class(config.head)(config)
     prefix = f"{model.base_model_prefix}."
     state = {name.removeprefix(prefix): tensor for name, tensor in model.state_dict().items()}
     with torch.no_grad():
@@ -89,7 +98,7 @@ def _counterparts(
     if head:
         modules.append((family.head or family.pooler, last.dense))
         modules.append((family.head_norm, last.norm))
-        modules.append((family.classifier, last.classifier))
+        modules.append((_classifier(dynamic, family), last.classifier))
     parts = {"qkv": family.qkv, "out": (family.out,), "up": (family.up,), "down": (family.down,)}
     for index, block in enumerate(encoder.blocks):
         at = family.layer.format(index)
@@ -109,17 +118,27 @@ def _counterparts(
             yield (f"{theirs}.{kind}",), ours
 
 
-def load_source(path: str | Path, num_labels: int) -> PreTrainedModel:
+def _classifier(dynamic: DHTForSequenceClassification, family: Family) -> str:
+    """What the family calls the classifier of the model's task; that of every token classifier is `classifier`."""
+    return "classifier" if dynamic.config.head == "token" else family.classifier
+
+
+def load_source(path: str | Path, num_labels: int, head: str = "classifier") -> PreTrainedModel:
     """The `transformers` model at `path` (folder or Hub id): with its classifier if that has `num_labels` classes.
+
+    Args:
+        head: "classifier", or "token" for the classifier of tokens.
 
     Raises:
         DHTError: nothing loadable there.
     """
+    kind = "TokenClassification" if head == "token" else "SequenceClassification"
+    auto = AutoModelForTokenClassification if head == "token" else AutoModelForSequenceClassification
     try:
         config = AutoConfig.from_pretrained(path)
-        classifier = any("SequenceClassification" in name for name in config.architectures or [])
+        classifier = any(kind in name for name in config.architectures or [])
         if classifier and config.num_labels == num_labels:
-            model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True)
+            model: PreTrainedModel = auto.from_pretrained(path, use_safetensors=True)
         else:
             model = AutoModel.from_pretrained(path, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
@@ -159,7 +178,8 @@ def export(dynamic: DHTForSequenceClassification) -> PreTrainedModel:
             f"model: {config.source!r} has no counterpart in transformers; what has: {', '.join(sorted(FAMILIES))}"
         )
     embeds = config.head == "embedding"
-    kind = AutoModel if embeds else AutoModelForSequenceClassification
+    kinds = {"embedding": AutoModel, "token": AutoModelForTokenClassification}
+    kind: Any = kinds.get(config.head, AutoModelForSequenceClassification)
     plain: PreTrainedModel = kind.from_config(AutoConfig.for_model(config.source, **source_settings(config)))
     own = plain.state_dict()
     state: dict[str, Tensor] = {}
@@ -168,7 +188,7 @@ def export(dynamic: DHTForSequenceClassification) -> PreTrainedModel:
         theirs = ours.detach().reshape(-1, *own[full[0]].shape[1:])
         state |= dict(zip(full, theirs.chunk(len(full)), strict=True))
     if not embeds:
-        at = f"{family.classifier}."
+        at = f"{_classifier(dynamic, family)}."
         state[at + "weight"] = state[at + "weight"] * config.label_std  # theirs answers in the labels' unit by itself
         state[at + "bias"] = state[at + "bias"] * config.label_std + config.label_mean
     missing, unexpected = plain.load_state_dict(state, strict=False)

@@ -1,4 +1,4 @@
-"""`DHTForSequenceClassification`: the dynamic encoder as a `transformers` model."""
+"""The dynamic encoder as `transformers` models: `DHTForSequenceClassification` and `DHTForTokenClassification`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.generic import ModelOutput
 from transformers.utils.hub import cached_file
@@ -35,7 +40,8 @@ class DHTOutput(ModelOutput):
 
     Attributes:
         loss: scalar, when labels were given.
-        logits: [B, C], each row's answer, from the exit where it left.
+        logits: [B, C], each row's answer, from the exit where it left. Of a tagger [B, T, C], zeros where
+            `attention_mask` is 0.
         trace: what was executed (`dht.plan.Trace`).
     """
 
@@ -59,9 +65,13 @@ class DHTForSequenceClassification(PreTrainedModel):
     accepts_loss_kwargs = False  # the loss is a mean over the batch's rows, whatever the batches accumulated with it
     _no_split_modules = ["Block"]  # noqa: RUF012
     _supports_sdpa = True
+    tags: ClassVar[bool] = False
 
     def __init__(self, config: DHTConfig) -> None:
         config.check()
+        if self.tags != (config.head == "token"):
+            right = model_class(config.head).__name__
+            raise ConfigError(f"head: got {config.head!r}, which {type(self).__name__} is not for; use {right}")
         super().__init__(config)
         self.num_labels = config.num_labels
         self.encoder = Encoder(config)
@@ -161,7 +171,7 @@ class DHTForSequenceClassification(PreTrainedModel):
             attention_mask: [B, T], 1 at real tokens.
             token_type_ids: int64 [B, T].
             labels: int64 [B], float [B, C] (several labels), float [B] (regression) or float [B, D] (the full model's
-                embeddings); adds the loss over all visited exits.
+                embeddings), int64 [B, T] (tags, -100 where there is none); adds the loss over all visited exits.
             policy: what decides; None = `active_policy`, else the learned policy.
             mode: exploit (default), explore or probe.
             every_exit: compute every exit passed, even if the policy does not read them.
@@ -179,8 +189,23 @@ class DHTForSequenceClassification(PreTrainedModel):
             tap_gates=tap_gates,
         )
         loss = None if labels is None else exit_loss(trace, labels, self.task, self.config.distillation)
-        output = DHTOutput(loss=loss, logits=trace.logits, trace=trace)
+        logits = trace.logits.masked_fill(trace.logits.isneginf(), 0.0) if self.tags else trace.logits
+        output = DHTOutput(loss=loss, logits=logits, trace=trace)
         return output if return_dict is not False else output.to_tuple()
+
+
+class DHTForTokenClassification(DHTForSequenceClassification):
+    """A tagger that decides for every row how many layers and which head units to run; its tokens leave together.
+
+    Its configuration has `head="token"`.
+    """
+
+    tags: ClassVar[bool] = True
+
+
+def model_class(head: str) -> type[DHTForSequenceClassification]:
+    """The class of the models whose configuration says `head`."""
+    return DHTForTokenClassification if head == "token" else DHTForSequenceClassification
 
 
 def _policy_state(path: str | Path, where: dict[str, Any]) -> dict[str, Tensor]:
@@ -224,3 +249,4 @@ def exit_loss(trace: Trace, labels: Tensor, task: Task = SINGLE_LABEL, distillat
 
 AutoConfig.register("dht", DHTConfig, exist_ok=True)
 AutoModelForSequenceClassification.register(DHTConfig, DHTForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(DHTConfig, DHTForTokenClassification, exist_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -211,6 +211,27 @@ class EmbeddingHead(ExitHead):
         self.classifier = nn.Identity()  # type: ignore[assignment]
 
 
+class TokenHead(ExitHead):
+    """The exit of a tagger: the same classifier on every token of a row, nothing is pooled.
+
+    Args:
+        width, classes: D and C.
+        projects: True for a dense layer, activation and norm before the classifier, as `ExitHead` has them.
+        settings: those of `ExitHead`.
+    """
+
+    def __init__(self, width: int, classes: int, *, projects: bool = False, **settings: Any) -> None:
+        super().__init__(width, 1, classes, pooling="none", **settings)
+        self.projects = projects
+        if not projects:  # on every token it would cost a twelfth of a layer
+            self.dense = nn.Identity()  # type: ignore[assignment]
+            self.activation = self.norm = nn.Identity()
+
+    def pool(self, rows: Packed) -> Tensor:
+        """[S, D], the tokens as they are."""
+        return rows.hidden
+
+
 class Encoder(nn.Module):
     """Embeddings, N blocks and N exit heads; what runs for which row is up to `execute` and `reference`.
 
@@ -262,11 +283,10 @@ class Encoder(nn.Module):
         buckets = config.relative_attention_num_buckets
         self.position_bias = RelativePositionBias(buckets, heads) if buckets else None
         self.exits: Stack[ExitHead] = Stack(_exits(config, norm))
-        embeds = config.head == "embedding"
+        embeds, self.tags = config.head == "embedding", config.head == "token"
         self.cost = CostModel(
             width, heads, config.intermediate_size, layers, 0 if embeds else len(config.label_names),
-            config.ffn == "coupled", self.exits[-1].queries is not None, config.gated_ffn,
-            config.embedding_size or width,
+            config.ffn == "coupled", self.attends(layers), config.gated_ffn, config.embedding_size or width, self.tags,
         )  # fmt: skip
 
     @property
@@ -275,7 +295,7 @@ class Encoder(nn.Module):
         return isinstance(self.blocks[0], FSDPModule)
 
     def pool(self, layer: int, rows: Packed) -> Tensor:
-        """[R, D], what the exit after `layer` in 1..N reads of the rows."""
+        """[R, D], what the exit after `layer` in 1..N reads of the rows; of a tagger [S, D]."""
         head = self.exits[layer - 1]
         if self.norms_tokens and head.pooling != "cls":
             return head.pool(rows.with_hidden(self.final_norm(rows.hidden)))
@@ -283,13 +303,14 @@ class Encoder(nn.Module):
         return pooled
 
     def exit(self, layer: int, rows: Packed) -> Tensor:
-        """Logits [R, C] of the exit after `layer` in 1..N."""
+        """Logits [R, C] of the exit after `layer` in 1..N; of a tagger [S, C]."""
         logits: Tensor = self.exits[layer - 1](self.pool(layer, rows))
         return logits
 
     def attends(self, layer: int) -> bool:
-        """True if the exit after `layer` in 1..N scores every token (see `CostModel.exit`)."""
-        return self.exits[layer - 1].queries is not None
+        """True if the exit after `layer` in 1..N scores every token, or projects it (see `CostModel.exit`)."""
+        head = self.exits[layer - 1]
+        return head.projects if isinstance(head, TokenHead) else head.queries is not None
 
 
 def _exits(config: DHTConfig, norm: Callable[[], nn.LayerNorm]) -> list[ExitHead]:
@@ -297,6 +318,12 @@ def _exits(config: DHTConfig, norm: Callable[[], nn.LayerNorm]) -> list[ExitHead
     width, layers = config.hidden_size, config.num_hidden_layers
     if config.head == "embedding":
         return [EmbeddingHead(width) for _ in range(layers)]
+    if config.head == "token":
+        tagger = partial(TokenHead, width, len(config.label_names), dropout=config.hidden_dropout_prob)
+        if not config.last_norm:
+            return [tagger() for _ in range(layers)]
+        own = tagger(projects=True, activation=config.last_activation, bias=config.last_bias, norm=norm())
+        return [*(tagger() for _ in range(layers - 1)), own]
     head = partial(
         ExitHead, width, config.num_attention_heads, len(config.label_names), dropout=config.hidden_dropout_prob,
         mean=config.label_mean, std=config.label_std,

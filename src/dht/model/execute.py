@@ -16,6 +16,7 @@ from torch import Tensor
 from ..plan import Account, Exit, Mode, Ran, Trace
 from .block import GateTap, Group
 from .encoder import Encoder
+from .packed import Packed
 from .slices import Units
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def execute(
     previous: Tensor | None = None
     # Exits learn to stand alone; only what is served, or probed for it, adds up.
     remembers = encoder.exit_memory > 0 and mode in ("exploit", "probe") and not encoder.training
+    keep = attention_mask.bool() if encoder.tags else None
     in_step = encoder.sharded  # every rank then has to call every block, if need be with no rows
 
     for layer in range(num_layers):
@@ -85,7 +87,7 @@ def execute(
                         f"row {int(packed.rows[choice < 0][0])}: a policy may not stop a row before layer 1"
                     )
                 left = packed.select(order[:leaving])
-                trace.exits.append(Exit(layer, left.rows, encoder.exit(layer, left)))
+                trace.exits.append(Exit(layer, left.rows, _exit(encoder, layer, left, keep)))
                 account.left.append((left.rows, left.lengths, encoder.attends(layer)))
             order = order[leaving:]
             if not order.numel() and not in_step:
@@ -110,22 +112,38 @@ def execute(
             account.ran.append(ran)
         previous, logits = logits, None
         if policy.reads_exits or every_exit or layer == num_layers - 1:
-            logits = encoder.exit(layer + 1, packed)
+            logits = _exit(encoder, layer + 1, packed, keep)
             if remembers and previous is not None:
                 logits = logits + encoder.exit_memory * previous
             trace.exits.append(Exit(layer + 1, packed.rows, logits))
             ran.exits = encoder.attends(layer + 1)
-    trace.logits = _answers(trace.exits, len(input_ids), packed.hidden.new_zeros(0, cost.classes))
+    places = () if keep is None else keep.shape[1:]
+    trace.logits = _answers(trace.exits, len(input_ids), packed.hidden.new_zeros(0, *places, cost.classes))
     return trace
 
 
+def _exit(encoder: Encoder, layer: int, rows: Packed, keep: Tensor | None) -> Tensor:
+    """Logits [R, C] of the exit after `layer` in 1..N; of a tagger [R, T, C], -inf at places without a token.
+
+    Args:
+        keep: bool [B, T], where the batch has tokens; None = no tagger.
+    """
+    logits = encoder.exit(layer, rows)
+    if keep is None:
+        return logits
+    here = keep[rows.rows]
+    placed = logits.new_full((*here.shape, logits.shape[-1]), -torch.inf)
+    placed[here] = logits
+    return placed
+
+
 def _answers(exits: list[Exit], rows: int, none: Tensor) -> Tensor:
-    """[B, C], the logits of the last exit that each row reached; `none` if there is no exit."""
+    """[B, C] (of a tagger [B, T, C]), the logits of the last exit that each row reached; `none` if there is no exit."""
     if not exits:
         return none
     if len(exits) == 1 and len(exits[0].rows) == rows == 1:
         return exits[0].logits
-    answer = exits[0].logits.new_zeros(rows, exits[0].logits.shape[-1])
+    answer = exits[0].logits.new_zeros(rows, *exits[0].logits.shape[1:])
     for exit_ in exits:
         answer = answer.index_copy(0, exit_.rows, exit_.logits)
     return answer

@@ -21,14 +21,17 @@ def reference(
     attention_mask: Tensor | None = None,
     token_type_ids: Tensor | None = None,
     gates: Tensor | None = None,
+    alone: bool = False,
 ) -> list[Tensor]:
     """Logits [B, C] of every exit 1..N; a row's logits after it has left are those of its frozen hidden state.
 
-    In evaluation mode exits add up (`exit_memory`).
+    Of a tagger they are [B, T, C], -inf at places without a token.
 
     Args:
         plan: head units per row and layer, bool [B, N, H].
         gates: [B, N, H], multiplied onto each unit's output; None = ones. Its gradient is the head feedback.
+        alone: True if nobody computed the exits before a row's last one. In evaluation mode exits otherwise add up
+            (`exit_memory`).
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -85,7 +88,7 @@ def reference(
         active = plan.units[:, layer].any(-1)[:, None, None]
         hidden = torch.where(active, new, hidden)
         logits = _exit(encoder, layer, hidden, keep)
-        if layer and not encoder.training:
+        if layer and not encoder.training and not alone:
             logits = logits + encoder.exit_memory * exits[-1]
         exits.append(logits)
     return exits
@@ -104,6 +107,10 @@ def _exit(encoder: Encoder, layer: int, hidden: Tensor, keep: Tensor) -> Tensor:
     head = encoder.exits[layer]
     if encoder.norms_tokens:
         hidden = encoder.final_norm(hidden)
+    if head.pooling == "none":
+        read = hidden if encoder.norms_tokens else encoder.final_norm(hidden)
+        tagged: Tensor = head(read).masked_fill(~keep[..., None], -torch.inf)
+        return tagged
     if head.pooling == "cls":
         pooled = hidden[torch.arange(len(hidden), device=hidden.device), keep.int().argmax(-1)]
     elif head.queries is None:

@@ -18,6 +18,8 @@ HISTOGRAM_WIDTH = 40  # characters of the longest bar
 BESIDE = {
     "accuracy": ("macro_f1",),
     "micro_f1": ("macro_f1", "subset_accuracy"),
+    "macro_f1": ("accuracy",),
+    "entity_f1": ("entity_precision", "entity_recall", "accuracy"),
     "r2": ("mae", "rmse", "pearson", "spearman"),
     "cosine": ("ranking", "neighbour_agreement"),
 }

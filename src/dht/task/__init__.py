@@ -9,11 +9,23 @@ from .embedding import Embedding
 from .multi import MultiLabel
 from .regression import Regression
 from .single import SINGLE_LABEL, SingleLabel
+from .token import Entities, TokenTags
 
 if TYPE_CHECKING:
     from ..hf.configuration import DHTConfig
 
-__all__ = ["SEEN", "SINGLE_LABEL", "Embedding", "MultiLabel", "Regression", "SingleLabel", "Task", "task_of"]
+__all__ = [
+    "SEEN",
+    "SINGLE_LABEL",
+    "Embedding",
+    "Entities",
+    "MultiLabel",
+    "Regression",
+    "SingleLabel",
+    "Task",
+    "TokenTags",
+    "task_of",
+]
 
 
 def task_of(config: DHTConfig) -> Task:
@@ -21,6 +33,9 @@ def task_of(config: DHTConfig) -> Task:
     outputs = len(config.label_names)
     if config.head == "embedding":
         return Embedding()
+    if config.head == "token":
+        names = tuple(config.label_names[i] for i in range(outputs))
+        return (Entities if Entities.marked_by(names) else TokenTags)(names, config.reward)
     problem = config.problem_type or (Regression.name if outputs == 1 else SingleLabel.name)
     if problem == MultiLabel.name:
         return MultiLabel(config.reward)

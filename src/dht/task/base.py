@@ -1,7 +1,7 @@
 """`Task`: how an exit's answer is paid, what the policy reads of it, and how a report and a user see it.
 
 Shapes: `...` is any leading shape, in practice [R] rows at one exit or [B, N] rows by exits; `labels` has the same
-leading shape or one that broadcasts to it.
+leading shape or one that broadcasts to it. A tagger's C is [T, C]: see `TokenTags`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Task:
     def context(self, logits: Tensor, previous: Tensor | None) -> Tensor:
         """What the policy reads of an exit, float64 [R, 6].
 
-        In this order: confidence, its square, doubt in [0, 1], margin, agreement with the exit before (0 or 1), and a
+        In this order: confidence, its square, doubt in [0, 1], margin, agreement with the exit before (0 to 1), and a
         number on the exit before. Confidence estimates the quality.
 
         Args:
@@ -94,5 +94,5 @@ class Task:
         raise NotImplementedError
 
     def told(self, logits: Tensor, names: Sequence[str]) -> dict[str, Any]:
-        """One row's answer as `dht predict` gives it: `label` and `score` (or `embedding`), of logits [C]."""
+        """One row's answer as `dht predict` gives it: `label` and `score` (or `embedding` or `tags`), of logits [C]."""
         raise NotImplementedError

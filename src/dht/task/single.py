@@ -65,7 +65,7 @@ class SingleLabel(Task):
             before = same = torch.zeros_like(sure)
         else:
             before, same = top[1, :, 0], (label[0, :, 0] == label[1, :, 0]).to(sure.dtype)
-        return torch.stack([sure, sure.square(), _entropy(probs[0]), sure - second, same, before], -1)
+        return torch.stack([sure, sure.square(), entropy(probs[0]), sure - second, same, before], -1)
 
     def context_of_row(self, logits: list[float], previous: list[float] | None) -> list[float]:
         probs, answer = _softmax(logits)
@@ -80,7 +80,7 @@ class SingleLabel(Task):
     def typical(self, sure: Tensor) -> Tensor:
         rest = ((1 - sure) / (self.classes - 1))[:, None].expand(-1, self.classes - 1)
         probs = torch.cat([sure[:, None], rest], 1)
-        return torch.stack([sure, sure.square(), _entropy(probs), sure - rest[:, 0]], -1)
+        return torch.stack([sure, sure.square(), entropy(probs), sure - rest[:, 0]], -1)
 
     def confidence(self, logits: Tensor) -> Tensor:
         return logits.float().softmax(-1).amax(-1)
@@ -102,10 +102,10 @@ class SingleLabel(Task):
 SINGLE_LABEL = SingleLabel()
 
 
-def _entropy(probs: Tensor) -> Tensor:
+def entropy(probs: Tensor) -> Tensor:
     """[...] in [0, 1], of probabilities [..., C]."""
-    entropy: Tensor = torch.special.entr(probs).sum(-1)
-    return entropy / math.log(probs.shape[-1])
+    nats: Tensor = torch.special.entr(probs).sum(-1)
+    return nats / math.log(probs.shape[-1])
 
 
 def _softmax(logits: list[float]) -> tuple[list[float], int]:
