@@ -1,6 +1,6 @@
-"""Started twice by `torchrun`: ranks that run different layers and numbers of groups, wrapped by DDP and by FSDP2.
+"""Ranks that run different layers and numbers of groups, wrapped by DDP and by FSDP2; called on both of two ranks.
 
-Exits with an error if a gradient is not the mean of those that single processes get.
+Fails if a gradient is not the mean of those that single processes get.
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ def check(model: torch.nn.Module, wanted: dict[str, torch.Tensor]) -> None:
     assert seen > 30, seen
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
+def run_different_layers() -> None:
     rank, wanted = dist.get_rank(), expected()
     replicated = DistributedDataParallel(dynamic_model(FAMILY), find_unused_parameters=True)
     sharded = dynamic_model(FAMILY)
@@ -88,8 +87,3 @@ def main() -> None:
         trace = sharded(**inputs, policy=policy).trace
         assert trace.layers.tolist() == policy.plan.layers.tolist()
         print(f"rank {rank} ran {int(trace.layers.max())} layers")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Started twice by `accelerate launch`: trains with `DHTTrainer` and leaves what each rank ends with.
+"""Started twice by `torchrun`: trains with `DHTTrainer`, leaves what each rank ends with, and then runs `shards`.
 
 Imported by the test, `trained` is the same training in one process, with the ranks' batches accumulated instead.
 """
@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from transformers import TrainingArguments
 
 from builders import batch, dynamic_model
-from dht.distributed import rank
+from dht.distributed import join, rank
 from dht.policy.budget import Schedule
 from dht.training import DHTTrainer, finish
+from tools.shards import run_different_layers
 
 
 def rows(count: int):
@@ -65,6 +66,7 @@ def ending(trainer: DHTTrainer) -> tuple[dict[str, torch.Tensor], dict[str, obje
 
 
 def main(out: Path) -> None:
+    join(cpu=True)
     scenes = {
         "exact": {"accumulate": 1, "forgetting": 1.0},
         "full": {"accumulate": 2, "held_out": True, "forgetting": 0.99},
@@ -74,6 +76,7 @@ def main(out: Path) -> None:
         state, ledger = ending(trained(out, **settings))
         save_file({key: value.contiguous() for key, value in state.items()}, out / f"{name}-{rank()}.safetensors")
         (out / f"{name}-{rank()}.json").write_text(json.dumps(ledger))
+    run_different_layers()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ this against.
 from __future__ import annotations
 
 import time
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -103,10 +102,7 @@ def execute(
         if tap_gates and used:
             gates = trace.gate_grads.setdefault(layer, [])
             layouts = packed.split([count for *_, count in used])
-            taps = [
-                partial(_tap, gates, part.rows, part.token_row, units)
-                for part, units in zip(layouts, chosen, strict=True)
-            ]
+            taps = [_tap(gates, part.rows, part.token_row, units) for part, units in zip(layouts, chosen, strict=True)]
         groups = [Group(units, count, tap) for units, (*_, count), tap in zip(chosen, used, taps, strict=True)]
         packed = packed.with_hidden(encoder.blocks[layer](packed, groups, bias, decision.lasting))
         ran = Ran(
@@ -153,18 +149,16 @@ def _answers(exits: list[Exit], rows: int, none: Tensor) -> Tensor:
     return answer
 
 
-def _tap(
-    gates: list[tuple[Tensor, Tensor, Tensor]],
-    rows: Tensor,
-    token_row: Tensor,
-    units: Units | None,
-    part: str,
-    product: Tensor,
-) -> None:
+def _tap(gates: list[tuple[Tensor, Tensor, Tensor]], rows: Tensor, token_row: Tensor, units: Units | None) -> GateTap:
     """Sums activation * gradient over each row's tokens: d loss / d gate, one entry for attention and one for the FFN.
 
     It must not hold the trace: the trace holds the graph, the graph holds this hook, and nothing would ever be freed.
+    A function and no `partial`, into which a compiler looks: it would compile a block anew for other units.
     """
-    per_token = product.sum(-1)
-    grads = per_token.new_zeros(rows.numel(), per_token.shape[-1]).index_add(0, token_row, per_token)
-    gates.append((rows, torch.tensor(units or range(grads.shape[1]), device=grads.device), grads))
+
+    def tap(part: str, product: Tensor) -> None:
+        per_token = product.sum(-1)
+        grads = per_token.new_zeros(rows.numel(), per_token.shape[-1]).index_add(0, token_row, per_token)
+        gates.append((rows, torch.tensor(units or range(grads.shape[1]), device=grads.device), grads))
+
+    return tap
