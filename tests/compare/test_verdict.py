@@ -108,6 +108,13 @@ def test_efficiency_is_judged_at_equal_seconds_on_the_rivals_line():
     assert judged("efficiency", rows("dht", 0.86, time_fraction=0.6) + rivals + dense).word == "fails"
 
 
+def test_a_rival_without_seconds_is_not_judged_by_the_dense_model():
+    dense = rows("dense", 0.90, budget=1.0, time_fraction=1.0)
+    rivals = all_rivals(EFFICIENCY[1:], 0.84, time_fraction=0.2) + rows(EFFICIENCY[0], 0.84, time_fraction=None)
+    found = judged("efficiency", rows("dht", 0.86) + rivals + dense)
+    assert (found.word, found.versus[0].outcome) == ("open", "not measured")
+
+
 def test_training_needs_flops_and_seconds():
     dense = rows("dense", 0.90, budget=1.0, train_flops_fraction=1.0, train_time_fraction=1.0)
     ours = rows("dht", 0.88, train_time_fraction=0.6)

@@ -182,7 +182,7 @@ def _along_frontier(
             for row in rows
             if row["seed"] == seed and row["method"] in (*methods, "dense") and row.get(cost) is not None
         ]
-        has_rival = any(row["method"] in methods and row["seed"] == seed for row in rows)
+        has_rival = any(row["method"] in methods and row["seed"] == seed and row.get(cost) is not None for row in rows)
         if has_rival and own.get(cost) is not None:
             differences.append(own["accuracy"] - frontier_at(points, own[cost]))
             spent.append(own[cost])
