@@ -242,6 +242,7 @@ def finish(trainer: DHTTrainer, batches: list[dict[str, Tensor]], budget: float,
     """
     policy, contexts = trainer.dynamic.policy, []
     policy.restart()
+    policy.expect_lengths(batches)
     with torch.no_grad():
         for _ in range(passes):
             for batch in batches:
