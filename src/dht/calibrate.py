@@ -37,7 +37,6 @@ def calibrate(
     """
     batches = list(batches)
     model.policy.restart()
-    model.policy.expect_lengths(batches)
     encoder = model.encoder
     was_training = model.training
     model.eval()

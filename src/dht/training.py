@@ -106,7 +106,7 @@ class DHTTrainer(GuardedTrainer):
         schedule: Schedule,
         feedback: Callable[[int], dict[str, Tensor]] | None = None,
         price_rate: float = 0.1,
-        feedback_every: int = 16,
+        feedback_every: int = 32,
         ledger: Ledger | None = None,
         **kwargs: Any,
     ) -> None:

@@ -86,7 +86,7 @@ class TreePolicy(LearnedPolicy):
         return worth - price[:, None] * cost
 
     def _greedy_weights(self, layer: int) -> Tensor:
-        """float64 [F, 2 * (1 + K)] (before layer 1: [F, 2 * K]): context times this is each arm's quality, then its cost.
+        """float64 [F, 2 * (1 + K)] (before layer 1: [F, 2 * K]): context times this is each quality, then each cost.
 
         The features of a width are the constant, or the confidence, times a number: they fold into the weights of those
         two. Kept until the posterior changes.
