@@ -56,7 +56,7 @@ class TrainSettings:
     dtype: str = "float32"
     accumulate: int = 1
     warm_start: float = 0.4
-    settle: float = 0.1
+    settle: float = 0.35
     save_every: int = 0
     text_column: str | None = None
     label_column: str | None = None

@@ -131,7 +131,7 @@ class DHTConfig(PreTrainedConfig):
     alpha: float = 0.05
     sigma: float = 0.3
     unit_weight: float = 0.05
-    exploration: float = 0.01
+    exploration: float = 0.02
     head_sets: int = 1
     reward: str = "correct"
     head: str = "classifier"
