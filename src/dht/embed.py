@@ -156,6 +156,7 @@ def fit_embedder(
         means = torch.cat(tables).float()
         fit_maps(list(dynamic.encoder.exits), means.unbind(1), means[:, -1])
         dynamic.policy.restart()
+        dynamic.policy.expect_lengths(second)
         for batch in second:
             trace: Trace = dynamic(**batch, mode="probe").trace
             full = trace.exit_table()[0][:, -1]

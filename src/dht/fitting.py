@@ -171,6 +171,7 @@ def _pay(fitted: Fit) -> None:
     """Gives the policy its posteriors and prices: an exit is worth 1 if it answers as the full model does."""
     model, traces = fitted.model, []
     model.policy.restart()
+    model.policy.expect_lengths(batch for batches in fitted.folds for batch in batches)
     for exits, batches in zip(fitted.exits, fitted.folds, strict=True):
         with lent(model.encoder, exits):
             for batch in batches:

@@ -198,9 +198,11 @@ class ChainRunner:
         )
 
     def _best(self, layer: int, context: NDArray[Any]) -> NDArray[Any]:
-        """int64 [R], the arm of highest quality less price times cost."""
-        weights = self._policy[f"quality_{layer}"] - self.price * self._policy[f"cost_{layer}"]
-        best: NDArray[Any] = (context @ weights).argmax(-1)
+        """int64 [R], the arm of highest quality less price times cost; the price is that of a row of mean length."""
+        mean = float(self._policy.get("mean_tokens", 0.0))
+        price = self.price * (np.exp(context[:, 1:2] * math.log(512)) / mean if mean else 1.0)
+        index = context @ self._policy[f"quality_{layer}"] - price * (context @ self._policy[f"cost_{layer}"])
+        best: NDArray[Any] = index.argmax(-1)
         return best
 
     def _widths(self, layer: int, arm: NDArray[Any]) -> NDArray[Any]:

@@ -41,7 +41,7 @@ from .policy.budget import Schedule
 from .task import Embedding, Regression, SingleLabel, TokenTags
 from .training import DHTTrainer, Ledger, finish
 
-CALIBRATION_BATCHES = 16
+CALIBRATION_BATCHES = 8
 FEEDBACK_ROWS = 1024
 TIMED_STEPS = 12
 

@@ -106,7 +106,7 @@ class DHTTrainer(GuardedTrainer):
         schedule: Schedule,
         feedback: Callable[[int], dict[str, Tensor]] | None = None,
         price_rate: float = 0.1,
-        feedback_every: int = 16,
+        feedback_every: int = 32,
         ledger: Ledger | None = None,
         **kwargs: Any,
     ) -> None:
@@ -242,6 +242,7 @@ def finish(trainer: DHTTrainer, batches: list[dict[str, Tensor]], budget: float,
     """
     policy, contexts = trainer.dynamic.policy, []
     policy.restart()
+    policy.expect_lengths(batches)
     with torch.no_grad():
         for _ in range(passes):
             for batch in batches:

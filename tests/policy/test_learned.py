@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -249,13 +250,31 @@ def test_folded_greedy_weights_equal_the_index():
     policy = model.policy
     context = torch.randn(9, policy.num_features, dtype=torch.float64)
     context[:, 0] = 1.0
-    for price in (0.0, 0.3):
+    for price in (torch.zeros(9), torch.linspace(-0.3, 0.6, 9)):
         for layer in range(3):
             plain = policy._index(layer, context, 0.0, price)[:, (1 if layer == 0 else 0) :]
-            torch.testing.assert_close(context @ policy._greedy_weights(layer, price), plain)
+            torch.testing.assert_close(policy._greedy(layer, context, price), plain)
     policy.numbers.update(torch.ones(1, 14, dtype=torch.float64), torch.ones(1, 6), torch.ones(1, 6, 2))
-    plain = policy._index(1, context, 0.0, 0.3)
-    torch.testing.assert_close(context @ policy._greedy_weights(1, 0.3), plain, msg="kept weights follow the posterior")
+    plain = policy._index(1, context, 0.0, price)
+    torch.testing.assert_close(policy._greedy(1, context, price), plain, msg="kept weights follow the posterior")
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_long_row_pays_for_its_tokens(search):
+    policy = taught(search, rounds=4).policy
+    context = torch.zeros(3, policy.num_features, dtype=torch.float64)
+    context[:, 0] = 1.0
+    context[:, 1] = torch.tensor([10.0, 20.0, 40.0], dtype=torch.float64).log() / math.log(512)
+    policy.mean_tokens.zero_()
+    assert policy._row_price(context, 0.3).tolist() == [0.3, 0.3, 0.3], "all alike until lengths are known"
+    mask = torch.ones(4, 30, dtype=torch.long)
+    mask[2:, 10:] = 0
+    policy.expect_lengths([{"attention_mask": mask}])
+    torch.testing.assert_close(policy._row_price(context, 0.3), torch.tensor([0.15, 0.3, 0.6], dtype=torch.float64))
+    saved = policy.state_dict()
+    del saved["mean_tokens"]
+    policy.load_state_dict(saved)
+    assert float(policy.mean_tokens) == 0.0, "an older run charges all rows alike, as it was trained"
 
 
 def test_the_prior_is_one_confidence_threshold_at_the_narrowest_width_and_does_not_fade():
@@ -269,7 +288,7 @@ def test_the_prior_is_one_confidence_threshold_at_the_narrowest_width_and_does_n
     blind[:, :2] = context[:, :2]
     left = []
     for layer in range(3):
-        index = policy._index(layer, context if layer else blind, 0.0, 0.3)
+        index = policy._index(layer, context if layer else blind, 0.0, torch.full((60,), 0.3))
         assert index[:, 1:].argmax(-1).eq(0).all(), "the narrowest width"
         if layer:
             stops = index.argmax(-1) == 0

@@ -136,7 +136,7 @@ def training(
 
     A step is forward, backward, gradient clipping and fused AdamW, for every contender alike; a learned policy
     explores, pays its head units and its numbers (as in a first epoch, the dearest) and moves its price. Left out:
-    surveys and probes of held-out rows, which come every 50th and 16th step. The learning rate is too small to change
+    surveys and probes of held-out rows, which come every 50th and 32nd step. The learning rate is too small to change
     anything. All of ours share one copy of the weights and one optimizer.
     """
     ours = copy.deepcopy(model).train()

@@ -23,7 +23,7 @@ EPSILON = 0.1
 class EpsilonTree(TreePolicy):
     """Explores by epsilon-greedy: no optimism, and a random arm in a share `EPSILON` of the decisions."""
 
-    def _index(self, layer: int, context: Tensor, alpha: float, price: float) -> Tensor:
+    def _index(self, layer: int, context: Tensor, alpha: float, price: Tensor) -> Tensor:
         index = super()._index(layer, context, 0.0, price)
         generator = self._generator(layer, 11)
         wanders = torch.rand(len(index), 1, generator=generator).to(index.device) < EPSILON

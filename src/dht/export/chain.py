@@ -119,11 +119,12 @@ def _policy_arrays(policy: LearnedPolicy) -> dict[str, Any]:
         "projection": policy.projection.float(),
         "curve_price": policy.curve_price,
         "curve_fraction": policy.curve_fraction,
+        "mean_tokens": policy.mean_tokens,
     }
     if isinstance(policy, TreePolicy):
         for layer in range(policy.layers):
-            free, priced = policy._greedy_weights(layer, 0.0), policy._greedy_weights(layer, 1.0)
-            arrays |= {f"quality_{layer}": free, f"cost_{layer}": free - priced}
+            worth, cost = policy._greedy_weights(layer).tensor_split(2, 1)
+            arrays |= {f"quality_{layer}": worth, f"cost_{layer}": cost}
     else:
         assert isinstance(policy, IntegratedPolicy)
         arrays |= {"quality_0": _grid(policy, 0), "cost_0": _grid(policy, 1)}

@@ -52,7 +52,8 @@ class IntegratedPolicy(LearnedPolicy):
         rows, count = len(context), len(self.widths)
         alpha = 0.0 if view.mode == "exploit" else self.alpha
         wide = self._with_every_width(context)
-        index = ucb_index(self.numbers, wide, alpha, self._index_price(view)).view(rows, count, self.layers)
+        price = self._row_price(context, self._index_price(view)).repeat_interleave(count)
+        index = ucb_index(self.numbers, wide, alpha, price).view(rows, count, self.layers)
         if view.mode == "explore" and self.train_narrow:
             index[:, 1:] = -torch.inf
         arm = choose(index.transpose(1, 2).flatten(1))
@@ -66,7 +67,8 @@ class IntegratedPolicy(LearnedPolicy):
 
     def would_spend(self, trace: Trace, price: float) -> Tensor:
         context, count = trace.context[:, 0], len(self.widths)
-        index = ucb_index(self.numbers, self._with_every_width(context), 0.0, price).view(-1, count, self.layers)
+        each = self._row_price(context, price).repeat_interleave(count)
+        index = ucb_index(self.numbers, self._with_every_width(context), 0.0, each).view(-1, count, self.layers)
         arm = choose(index.transpose(1, 2).flatten(1))
         layer = torch.arange(self.layers, device=context.device)
         widths = torch.where(layer < self.wide_from, (arm % count)[:, None], count - 1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..plan import Decision, Trace
 from ..task import task_of
 from .base import Policy, View
 from .budget import price_for
-from .context import EXIT_FEATURES, features
+from .context import EXIT_FEATURES, LOG_LONGEST, features
 
 if TYPE_CHECKING:
     from ..hf.configuration import DHTConfig
@@ -48,6 +48,7 @@ class LearnedPolicy(Policy):
 
     projection: Tensor
     price: Tensor
+    mean_tokens: Tensor
     step: Tensor
     curve_price: Tensor
     curve_fraction: Tensor
@@ -74,6 +75,7 @@ class LearnedPolicy(Policy):
             sets[:, i, :, :width] = True
         self.register_buffer("projection", torch.randn(directions, config.hidden_size, generator=generator))
         self.register_buffer("price", torch.tensor(0.02, dtype=torch.float64))
+        self.register_buffer("mean_tokens", torch.tensor(0.0, dtype=torch.float64))
         self.register_buffer("step", torch.tensor(0, dtype=torch.long))
         self.register_buffer("curve_price", torch.full((CURVE,), 0.02, dtype=torch.float64))
         self.register_buffer("curve_fraction", torch.ones(CURVE, dtype=torch.float64))
@@ -88,6 +90,11 @@ class LearnedPolicy(Policy):
 
         super()._apply(move, recurse)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """As of every module; runs saved before lengths were known go on charging all rows alike."""
+        state_dict.setdefault(f"{prefix}mean_tokens", torch.zeros_like(self.mean_tokens))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # Deciding
 
@@ -146,6 +153,22 @@ class LearnedPolicy(Policy):
         """
         price = float(self.price)
         return price if view.mode == "exploit" else max(price, 0.0)
+
+    def _row_price(self, context: Tensor, price: float) -> Tensor:
+        """float64 [R], the price of a row's own dense run: `price` is that of a row of mean length.
+
+        Costs are learned as shares of the row's dense FLOPs, while a budget counts the FLOPs of all rows: a layer of a
+        row of twice the tokens takes twice as much from it. Until the mean is known all rows cost the same.
+        """
+        mean = float(self.mean_tokens)
+        if not mean:
+            return torch.full_like(context[:, 0], price)
+        return (context[:, 1] * LOG_LONGEST).exp() * (price / mean)
+
+    def expect_lengths(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Returns nothing; from now on `price` is that of a row of the mean length of these batches."""
+        lengths = torch.cat([batch["attention_mask"].sum(-1) for batch in batches])
+        self.mean_tokens.fill_(lengths.double().mean())
 
     def _carried_on(self, view: View) -> Tensor:
         """Bool [R], rows that run to the end whatever the policy wants: a share of -price, if that is above zero.

@@ -46,8 +46,8 @@ class TreePolicy(LearnedPolicy):
 
     def decide(self, view: View) -> Decision:
         context = self._features(view)
-        price = self._index_price(view)
-        arm = (context @ self._greedy_weights(view.layer, price)).argmax(-1)
+        price = self._row_price(context, self._index_price(view))
+        arm = self._greedy(view.layer, context, price).argmax(-1)
         if view.layer == 0:
             arm = arm + 1
         wants_stop = arm == 0
@@ -72,43 +72,50 @@ class TreePolicy(LearnedPolicy):
         stops[:, self.layers] = True
         widths = torch.zeros(rows, self.layers, dtype=torch.long, device=context.device)
         for layer in range(self.layers):
-            index = context[:, layer] @ self._greedy_weights(layer, price)
+            index = self._greedy(layer, context[:, layer], self._row_price(context[:, layer], price))
             if layer:
                 stops[:, layer] = index.argmax(-1) == 0
             widths[:, layer] = index[:, 1 if layer else 0 :].argmax(-1)
         leaves = stops.int().argmax(-1)
         return self._spent(trace, widths).gather(1, leaves[:, None] - 1)[:, 0]
 
-    def _greedy_weights(self, layer: int, price: float) -> Tensor:
-        """float64 [F, 1 + K] (before layer 1: [F, K], no stopping): context times this is the index without optimism.
+    def _greedy(self, layer: int, context: Tensor, price: Tensor) -> Tensor:
+        """float64 [R, 1 + K] (before layer 1: [R, K], no stopping), the index of every arm without optimism."""
+        both = context @ self._greedy_weights(layer)
+        worth, cost = both.tensor_split(2, 1)
+        return worth - price[:, None] * cost
+
+    def _greedy_weights(self, layer: int) -> Tensor:
+        """float64 [F, 2 * (1 + K)] (before layer 1: [F, 2 * K]): context times this is each quality, then each cost.
 
         The features of a width are the constant, or the confidence, times a number: they fold into the weights of those
-        two. Kept until the posterior or the price changes.
+        two. Kept until the posterior changes.
         """
         numbers = self.numbers
-        now = (numbers.moment.data_ptr(), numbers.moment._version, numbers.gram._version, price)
+        now = (numbers.moment.data_ptr(), numbers.moment._version, numbers.gram._version)
         if self._kept_for != now:
             self._kept_for, self._kept = now, {}
         if layer not in self._kept:
-            theta = numbers.mean(slice(2 * layer, 2 * layer + 2))
-            stop, run = (theta[..., 0] - price * theta[..., 1]).unbind(0)
+            theta = numbers.mean(slice(2 * layer, 2 * layer + 2))  # [2, F + 3, 2]: stop and run, quality and cost
+            stop, run = theta.permute(0, 2, 1)
             share = self._shares(run.device)
-            weights = run[: self.num_features, None].repeat(1, len(self.widths))
-            linear, square, sure = run[self.num_features :]
-            weights[0] += linear * share + square * share.square()
-            weights[2] += sure * share
+            weights = run[:, : self.num_features, None].repeat(1, 1, len(self.widths))
+            linear, square, sure = run[:, self.num_features :, None].unbind(1)
+            weights[:, 0] += linear * share + square * share.square()
+            weights[:, 2] += sure * share
             if layer >= self.wide_from:
-                weights[:, :-1], weights[0, :-1] = 0.0, CLOSED
+                weights[..., :-1] = 0.0
+                weights[0, 0, :-1] = CLOSED
             if layer:
-                weights = torch.cat([stop[: self.num_features, None], weights], 1)
-            self._kept[layer] = weights
+                weights = torch.cat([stop[:, : self.num_features, None], weights], 2)
+            self._kept[layer] = torch.cat([*weights], 1)
         return self._kept[layer]
 
-    def _index(self, layer: int, context: Tensor, alpha: float, price: float) -> Tensor:
-        """UCB index of every arm, float64 [R, 1 + K]; stopping before layer 1 is out of the question."""
+    def _index(self, layer: int, context: Tensor, alpha: float, price: Tensor) -> Tensor:
+        """UCB index of every arm, float64 [R, 1 + K], at each row's price [R]; no stopping before layer 1."""
         rows, count = len(context), len(self.widths)
-        wide = self._with_every_width(context)
-        run = ucb_index(self.numbers, wide, alpha, price, slice(2 * layer + 1, 2 * layer + 2)).view(rows, count)
+        wide, each = self._with_every_width(context), price.repeat_interleave(count)
+        run = ucb_index(self.numbers, wide, alpha, each, slice(2 * layer + 1, 2 * layer + 2)).view(rows, count)
         if layer >= self.wide_from:
             run[:, :-1] = CLOSED
         if layer == 0:
