@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 
+from .adamw import DeferredAdamW, clip
 from .checkpoints import Seal, load_state, save_state
 from .errors import DHTError, NonFiniteError
 from .manifest import COMPLETE, verify
@@ -92,6 +93,7 @@ class GuardedTrainer(Trainer):
         self._reason = ""
         self.epoch_generators: dict[str, Any] = {}
         self.resumed: dict[str, Any] | None = None
+        self._deferred: DeferredAdamW | None = None
         super().__init__(*args, **kwargs)
 
     @property
@@ -113,6 +115,37 @@ class GuardedTrainer(Trainer):
         if not bool(loss.isfinite()):
             self.refuse(f"the loss is {float(loss)}")
         return loss
+
+    # An optimizer that passes over the rows of the embedding table that a batch did not read
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer` does; however it ends, no row of the embedding table is left behind."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._deferred is not None:
+                self._deferred.detach()
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+        """As `Trainer` does; fused AdamW is one whose embedding table can be deferred."""
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return (DeferredAdamW if kind is torch.optim.AdamW and options.get("fused") else kind), options
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As `Trainer` does; a single process defers the embedding table."""
+        optimizer = super().create_optimizer(model)
+        words = self.model.get_input_embeddings()
+        alone = self.args.world_size == 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if alone and isinstance(optimizer, DeferredAdamW) and isinstance(words, nn.Embedding) and not optimizer.tables:
+            optimizer.attach(words)
+            self._deferred = optimizer
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self._deferred is not None and self._deferred.tables:
+            return clip(model.parameters(), self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # The one place between the last backward of an update and its optimizer step that sees the gradients' norm.
@@ -138,6 +171,8 @@ class GuardedTrainer(Trainer):
         return not (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.args.device.type in ("cpu", "cuda")
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self._deferred is not None:
+            self._deferred.settle()
         super()._save(output_dir, state_dict)
         if self._own_format:  # a pickle that nothing reads
             (Path(str(output_dir or self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
