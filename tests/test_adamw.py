@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import dht.adamw
-from dht.adamw import DeferredAdamW, clip
+from dht.adamw import DeferredAdamW
 
 STEPS = 60
 
@@ -35,7 +35,10 @@ def trained(model: Bag, optimizer: torch.optim.Optimizer, reads: list[torch.Tens
     slower = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=STEPS)
     for ids in reads:
         model(ids).backward()
-        clip(model.parameters(), largest)
+        if isinstance(optimizer, DeferredAdamW):
+            optimizer.clip(largest)
+        else:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
         optimizer.step()
         optimizer.zero_grad()
         slower.step()
@@ -117,7 +120,7 @@ def test_weight_decay_is_not_deferred() -> None:
     assert not deferred.attach(ours.words)
     trained(plain, adamw, batches())
     trained(ours, deferred, batches())
-    assert torch.equal(ours.words.weight, plain.words.weight)
+    assert torch.allclose(ours.words.weight, plain.words.weight, atol=1e-5)
 
 
 def test_a_step_without_gradients_changes_nothing() -> None:
@@ -133,8 +136,8 @@ def test_a_step_without_gradients_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("largest", [100.0, 1e9])
-def test_clips_sparse_gradients_as_dense_ones(largest: float) -> None:
-    plain, _, ours, deferred = pair()
+def test_clips_as_torch_does(largest: float) -> None:
+    plain, adamw, ours, deferred = pair()
     deferred.attach(ours.words)
     ids = torch.tensor([[1, 1, 2], [3, 2, 1]])
     for model in (plain, ours):
@@ -143,8 +146,9 @@ def test_clips_sparse_gradients_as_dense_ones(largest: float) -> None:
     assert ours.words.weight.grad is not None
     assert ours.words.weight.grad.is_sparse
     right = torch.nn.utils.clip_grad_norm_(plain.parameters(), largest)
-    assert torch.allclose(clip(ours.parameters(), largest), right)
+    assert torch.allclose(deferred.clip(largest), right)
+    adamw.step()
+    deferred.step()
+    deferred.detach()
     for one, other in zip(plain.parameters(), ours.parameters(), strict=True):
-        assert one.grad is not None
-        assert other.grad is not None
-        assert torch.allclose(other.grad.to_dense(), one.grad, atol=1e-8)
+        assert torch.allclose(deferred.state[other]["exp_avg"], adamw.state[one]["exp_avg"], rtol=1e-5, atol=1e-6)

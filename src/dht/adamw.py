@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class DeferredAdamW(torch.optim.AdamW):
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, **options)
         self._tables: list[_Table] = []
+        self.grad_scale: Tensor | None = None  # by this name fused AdamW knows what to divide gradients by
 
     def attach(self, module: nn.Embedding) -> bool:
         """Defers the rows of a table from now on, and has its gradients come as rows; returns whether it does.
@@ -68,6 +69,21 @@ class DeferredAdamW(torch.optim.AdamW):
         """The deferred ones; their gradients are sparse."""
         return [table.weight for table in self._tables]
 
+    def clip(self, largest: float) -> Tensor:
+        """The norm of all gradients; the next step takes them scaled down to `largest` if they are above.
+
+        As `torch.nn.utils.clip_grad_norm_`, without a pass over all gradients of its own for the scaling.
+        """
+        grads = []
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            if parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.coalesce()
+            grads.append(parameter.grad.values() if parameter.grad.is_sparse else parameter.grad)
+        norm = torch.nn.utils.get_total_norm(grads)
+        excess = (norm + 1e-6) / largest
+        self.grad_scale = excess if bool(excess > 1.0) else None
+        return norm
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of AdamW."""
         grads = [weight.grad for weight in self.tables]
@@ -77,7 +93,8 @@ class DeferredAdamW(torch.optim.AdamW):
         for table, grad in zip(self._tables, grads, strict=True):
             table.weight.grad = grad
             if grad is not None:
-                table.step(grad)
+                table.step(grad if self.grad_scale is None else grad / self.grad_scale)
+        self.grad_scale = None
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -189,21 +206,3 @@ class _Table:
         self.upto.zero_()
         self.moved.zero_()
 
-
-def clip(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
-    """The norm of all gradients, which are scaled down to `largest` if it is above; sparse ones may be among them.
-
-    As `torch.nn.utils.clip_grad_norm_`, which knows no sparse gradients and multiplies by one where nothing is clipped.
-    """
-    grads = []
-    for parameter in parameters:
-        if parameter.grad is not None and parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.coalesce()
-            grads.append(parameter.grad.values())
-        elif parameter.grad is not None:
-            grads.append(parameter.grad)
-    norm = torch.nn.utils.get_total_norm(grads)
-    scale = largest / (norm + 1e-6)
-    if bool(scale < 1.0):
-        torch._foreach_mul_(grads, scale)
-    return norm

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 
-from .adamw import DeferredAdamW, clip
+from .adamw import DeferredAdamW
 from .checkpoints import Seal, load_state, save_state
 from .errors import DHTError, NonFiniteError
 from .manifest import COMPLETE, verify
@@ -144,7 +144,7 @@ class GuardedTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         if self._deferred is not None and self._deferred.tables:
-            return clip(model.parameters(), self.args.max_grad_norm)
+            return self._deferred.clip(self.args.max_grad_norm)
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
