@@ -2,9 +2,8 @@
 
     python benchmarks/step_parts.py --data DIR --steps 100 [--json FILE]
 
-Each runs `--steps` steps of its Trainer, from the first step on, so that the budget's schedule passes in full. A part's time is what was
-spent in it and in no part inside of it. CPU time of the process is printed beside wall time: other programs disturb it
-less.
+Each runs `--steps` steps of its Trainer, the budget's whole schedule in them. A part's time is what was spent in it and
+in no part inside of it. CPU time of the process is printed beside wall time: other programs disturb it less.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ def main() -> None:
                 plain = AutoModelForSequenceClassification.from_pretrained(model_folder(asked.model), num_labels=2)
                 trainer = Trainer(
                     plain, arguments(settings, Path(folder)), train_dataset=rows["train"],
-                    data_collator=lambda batch: collate(tokenizer, batch),
+                    data_collator=partial(collate, tokenizer),
                 )  # fmt: skip
             trainer.args.disable_tqdm = True
             parts[who] = profile(trainer, asked.steps)

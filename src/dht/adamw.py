@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
+from transformers import PreTrainedModel
 
 WINDOW = 256
 """Steps after which all rows are brought up to date: what is remembered of the steps stays this small."""
@@ -206,3 +207,21 @@ class _Table:
         self.upto.zero_()
         self.moved.zero_()
 
+
+def optimizer_of(model: nn.Module, lr: float) -> DeferredAdamW:
+    """What `GuardedTrainer` updates a model with, for steps outside of it; `update` takes one."""
+    optimizer = DeferredAdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    words = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    if isinstance(words, nn.Embedding):
+        optimizer.attach(words)
+    return optimizer
+
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Returns nothing; clips the gradients to the training loop's own default, takes a step and drops the gradients."""
+    if isinstance(optimizer, DeferredAdamW):
+        optimizer.clip(1.0)
+    else:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()

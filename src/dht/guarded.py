@@ -149,6 +149,8 @@ class GuardedTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # The one place between the last backward of an update and its optimizer step that sees the gradients' norm.
+        if grad_norm is None and self._deferred is not None and self._deferred.tables:
+            grad_norm = self._deferred.clip(math.inf)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if not math.isfinite(float(norm)):
             self.refuse(f"the norm of the gradients is {float(norm)}")
