@@ -66,7 +66,7 @@ class DeferredAdamW(torch.optim.AdamW):
             table.settle()
 
     @property
-    def tables(self) -> list[nn.Parameter]:
+    def tables(self) -> list[Tensor]:
         """The deferred ones; their gradients are sparse."""
         return [table.weight for table in self._tables]
 
@@ -108,7 +108,7 @@ class DeferredAdamW(torch.optim.AdamW):
         self.settle()
         super().load_state_dict(state_dict)
 
-    def group_of(self, parameter: nn.Parameter) -> dict[str, Any] | None:
+    def group_of(self, parameter: Tensor) -> dict[str, Any] | None:
         """The options of a parameter; None if it is not one of the optimizer's."""
         return next((group for group in self.param_groups if any(p is parameter for p in group["params"])), None)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 
@@ -135,7 +135,7 @@ class GuardedTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As `Trainer` does; a single process defers the embedding table."""
         optimizer = super().create_optimizer(model)
-        words = self.model.get_input_embeddings()
+        words = self.model.get_input_embeddings() if isinstance(self.model, PreTrainedModel) else None
         alone = self.args.world_size == 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if alone and isinstance(optimizer, DeferredAdamW) and isinstance(words, nn.Embedding) and not optimizer.tables:
             optimizer.attach(words)
