@@ -53,12 +53,34 @@ def measure_curve(model: DHTForSequenceClassification, batches: Sequence[dict[st
     return sum(float(trace.flops.sum()) for trace in traces)
 
 
+class _Together(Trace):
+    """Several traces as one, as far as `would_spend` looks: hundreds of prices are tried, each on all rows at once."""
+
+    def __init__(self, traces: Sequence[Trace]) -> None:
+        super().__init__(traces[0].account)
+        self._columns = {
+            name: torch.cat([getattr(trace, name) for trace in traces]) for name in ("units", "context", "layer_cost")
+        }
+
+    @property
+    def units(self) -> Tensor:
+        return self._columns["units"]
+
+    @property
+    def context(self) -> Tensor:
+        return self._columns["context"]
+
+    @property
+    def layer_cost(self) -> Tensor:
+        return self._columns["layer_cost"]
+
+
 def keep_curve(policy: LearnedPolicy, traces: Sequence[Trace], budget: float) -> None:
     """Keeps the curve of traces in which every row ran to the end at its narrowest, and sets the price of `budget`."""
-    dense = torch.cat([trace.dense_flops for trace in traces])
+    dense, together = torch.cat([trace.dense_flops for trace in traces]), _Together(traces)
 
     def fraction_at(price: float) -> float:
-        spent = torch.cat([policy.would_spend(trace, price) for trace in traces])
+        spent = policy.would_spend(together, price)
         return float((spent * dense).sum() / dense.sum())
 
     wanted = sorted({*FRACTIONS, budget}, reverse=True)

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 
+from .adamw import DeferredAdamW
 from .checkpoints import Seal, load_state, save_state
 from .errors import DHTError, NonFiniteError
 from .manifest import COMPLETE, verify
@@ -92,6 +93,7 @@ class GuardedTrainer(Trainer):
         self._reason = ""
         self.epoch_generators: dict[str, Any] = {}
         self.resumed: dict[str, Any] | None = None
+        self._deferred: DeferredAdamW | None = None
         super().__init__(*args, **kwargs)
 
     @property
@@ -114,8 +116,41 @@ class GuardedTrainer(Trainer):
             self.refuse(f"the loss is {float(loss)}")
         return loss
 
+    # An optimizer that passes over the rows of the embedding table that a batch did not read
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer` does; however it ends, no row of the embedding table is left behind."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._deferred is not None:
+                self._deferred.detach()
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+        """As `Trainer` does; fused AdamW is one whose embedding table can be deferred."""
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return (DeferredAdamW if kind is torch.optim.AdamW and options.get("fused") else kind), options
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As `Trainer` does; a single process defers the embedding table."""
+        optimizer = super().create_optimizer(model)
+        words = self.model.get_input_embeddings() if isinstance(self.model, PreTrainedModel) else None
+        alone = self.args.world_size == 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if alone and isinstance(optimizer, DeferredAdamW) and isinstance(words, nn.Embedding) and not optimizer.tables:
+            optimizer.attach(words)
+            self._deferred = optimizer
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self._deferred is not None and self._deferred.tables:
+            return self._deferred.clip(self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # The one place between the last backward of an update and its optimizer step that sees the gradients' norm.
+        if grad_norm is None and self._deferred is not None and self._deferred.tables:
+            grad_norm = self._deferred.clip(math.inf)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if not math.isfinite(float(norm)):
             self.refuse(f"the norm of the gradients is {float(norm)}")
@@ -138,6 +173,8 @@ class GuardedTrainer(Trainer):
         return not (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.args.device.type in ("cpu", "cuda")
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self._deferred is not None:
+            self._deferred.settle()
         super()._save(output_dir, state_dict)
         if self._own_format:  # a pickle that nothing reads
             (Path(str(output_dir or self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)

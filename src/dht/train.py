@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from ._files import explained, write_json
+from .adamw import optimizer_of, update
 from .calibrate import calibrate
 from .checkpoints import complete_checkpoints, newest_whole, remove_incomplete
 from .config import TrainSettings
@@ -367,7 +368,12 @@ def dense_step_seconds(
     taken = dict.fromkeys(contenders, 0.0)
     for contender in contenders.values():
         contender.to(model.device).train()
-    optimizers = {n: torch.optim.AdamW(c.parameters(), lr=1e-6, fused=True) for n, c in contenders.items()}
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        name: optimizer_of(contender, 1e-6)
+        if name == "dense"
+        else torch.optim.AdamW(contender.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+        for name, contender in contenders.items()
+    }
     for index, batch in enumerate([batches[len(batches) // 2], *batches]):
         labels, inputs = split_labels(batch, model.device)
         for name, contender in contenders.items():
@@ -375,9 +381,7 @@ def dense_step_seconds(
             with autocast(model.device, getattr(torch, settings.dtype)):
                 loss = contender(**inputs, labels=labels).loss
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(contender.parameters(), 1.0)  # the training loop's own default
-            optimizers[name].step()
-            optimizers[name].zero_grad()
+            update(contender, optimizers[name])
             if model.device.type == "cuda":
                 torch.cuda.synchronize()
             if index:  # the first is the warm-up

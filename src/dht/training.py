@@ -111,6 +111,7 @@ class DHTTrainer(GuardedTrainer):
         **kwargs: Any,
     ) -> None:
         kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), ledger or Ledger()]
+        self._unwrapped: tuple[Any, Any] = None, None
         super().__init__(*args, **kwargs)
         self.schedule, self.feedback = schedule, feedback
         self.price_rate, self.feedback_every = price_rate, feedback_every
@@ -128,8 +129,10 @@ class DHTTrainer(GuardedTrainer):
 
     @property
     def dynamic(self) -> DHTForSequenceClassification:
-        """The model without wrappers."""
-        return cast(DHTForSequenceClassification, self.accelerator.unwrap_model(self.model))
+        """The model without wrappers; looking for them goes through all modules, so it is done once a model."""
+        if self._unwrapped[0] is not self.model:
+            self._unwrapped = self.model, self.accelerator.unwrap_model(self.model)
+        return cast(DHTForSequenceClassification, self._unwrapped[1])
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

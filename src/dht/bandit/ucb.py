@@ -62,11 +62,14 @@ def choose(index: Tensor, allowed: Tensor | None = None) -> Tensor:
     if index.ndim != 2 or index.shape[1] < 1:
         raise ValueError(f"index must be [B, M] with M >= 1, got {list(index.shape)}")
     if allowed is None:
-        permitted = torch.ones_like(index, dtype=torch.bool)
-    else:
-        if allowed.dtype != torch.bool or allowed.shape not in (index.shape, index.shape[1:]):
-            raise ValueError(f"allowed must be bool {list(index.shape)}, got {allowed.dtype} {list(allowed.shape)}")
-        permitted = allowed.to(index.device).expand(index.shape)
+        undefined = index.isnan()
+        if bool(undefined.any()):
+            row = int(undefined.any(dim=1).nonzero()[0])
+            raise NonFiniteError(f"row {row}: the index of an allowed arm is NaN")
+        return (index == index.amax(dim=1, keepdim=True)).to(torch.uint8).argmax(dim=1)
+    if allowed.dtype != torch.bool or allowed.shape not in (index.shape, index.shape[1:]):
+        raise ValueError(f"allowed must be bool {list(index.shape)}, got {allowed.dtype} {list(allowed.shape)}")
+    permitted = allowed.to(index.device).expand(index.shape)
     empty = ~permitted.any(dim=1)
     undefined = (index.isnan() & permitted).any(dim=1)
     bad = empty | undefined

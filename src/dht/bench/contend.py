@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
+from ..adamw import optimizer_of, update
 from ..errors import DHTError
 from ..hf.convert import FAMILIES, export
 from ..hf.modeling import DHTForSequenceClassification, exit_loss
@@ -26,6 +26,7 @@ from .plans import REACHED, PreparedPlan, plan_of, shape_for
 from .speed import Call, Contender
 
 PRICE_RATE = 0.1  # of `DHTTrainer`
+TINY = 1e-9  # a learning rate at which steps take their time and change nothing
 PolicyAt = Callable[[int, int], Policy]
 """The policy for batch number i in turn t."""
 
@@ -134,14 +135,15 @@ def training(
 ) -> tuple[list[Contender], Callable[[PolicyAt, float], Callable[[int, int], Call]]]:
     """The dense contenders, and what makes a contender's `run` of a policy: one whole training step on a batch.
 
-    A step is forward, backward, gradient clipping and fused AdamW, for every contender alike; a learned policy
-    explores, pays its head units and its numbers (as in a first epoch, the dearest) and moves its price. Left out:
-    surveys and probes of held-out rows, which come every 50th and 32nd step. The learning rate is too small to change
-    anything. All of ours share one copy of the weights and one optimizer.
+    A step is forward, backward, gradient clipping and fused AdamW: for all of ours, the dense path too, with a deferred
+    embedding table, as `dht train` has it. A learned policy explores, pays its head units and its numbers (as in a
+    first epoch, the dearest) and moves its price. Left out: surveys and probes of held-out rows, which come every 50th
+    and 32nd step. The learning rate is too small to change anything. All of ours share one copy of the weights and one
+    optimizer.
     """
     ours = copy.deepcopy(model).train()
     halves = [split_labels(batch, model.device) for batch in batches]
-    optimizer = _optimizer(ours)
+    optimizer = optimizer_of(ours, TINY)
 
     def step(policy_at: PolicyAt, fraction: float = 1.0) -> Callable[[int, int], Call]:
         def run(index: int, turn: int) -> Call:
@@ -160,7 +162,7 @@ def training(
             seconds = trace.policy_seconds
             if isinstance(policy, LearnedPolicy):
                 seconds += _observe(policy, trace, quality(trace, labels, ours.task), fraction)
-            _update(ours, optimizer)
+            update(ours, optimizer)
             return Call(trace, seconds)
 
         return run
@@ -174,27 +176,17 @@ def training(
 
 
 def _plain_step(plain: PreTrainedModel, halves: Sequence[Any], device: torch.device, dtype: torch.dtype) -> Any:
-    optimizer = _optimizer(plain)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=TINY, weight_decay=0.0, fused=True)
 
     def run(index: int, turn: int) -> Call:
         labels, inputs = halves[index]
         with autocast(device, dtype):
             loss = plain(**inputs, labels=labels).loss
         loss.backward()
-        _update(plain, optimizer)
+        update(plain, optimizer)
         return Call()
 
     return run
-
-
-def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
-
-
-def _update(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # the training loop's own default
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 @torch.no_grad()

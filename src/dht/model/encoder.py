@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 
 from ..cost import CostModel
 from .block import Block
+from .linear import Dropout
 from .packed import Packed
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Embeddings(nn.Module):
         self.positions = nn.Embedding(positions, size) if positions else None
         self.types = nn.Embedding(types, size) if types else None
         self.norm = nn.LayerNorm(size, eps=eps, bias=norm_bias) if norm else nn.Identity()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.project = nn.Linear(size, width) if size != width else None
         self.position_offset = position_offset
 
@@ -170,7 +171,7 @@ class ExitHead(nn.Module):
         self.activation = ACT2FN[activation]
         self.norm = norm or nn.Identity()
         self.classifier = nn.Linear(width, classes)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.unit = None if (mean, std) == (0.0, 1.0) else (float(mean), float(std))
 
     def pool(self, rows: Packed) -> Tensor:

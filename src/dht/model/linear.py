@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from .._files import write_json
@@ -91,9 +91,28 @@ class _Linear(torch.autograd.Function):
         rounded = _rounded(grad)
         return (
             _product(rounded, weight.t())[: ctx.rows] if wants_x else None,
-            _product(rounded.t(), x.t()) if wants_weight else None,
+            _towards(weight, rounded, x) if wants_weight else None,
             grad.sum(0) if ctx.biased and wants_bias else None,
         )
+
+
+def _towards(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of `weight`, [N, K], by the way that copies less.
+
+    A product copies its first factor if that is transposed, and autograd a gradient that is not laid out as its weight.
+    """
+    transposed = weight.stride(0) == 1 and weight.stride(1) != 1
+    if transposed and x.numel() <= grad.numel() + weight.numel():
+        return _product(x.t(), grad.t()).t()
+    return _product(grad.t(), x.t())
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout`, drawn by `dropout`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[...], of any shape."""
+        return dropout(input, self.p) if self.p and self.training else input
 
 
 def _rounded(x: Tensor) -> Tensor:

@@ -175,7 +175,8 @@ class LearnedPolicy(Policy):
 
         They are drawn blindly, so that the deep exits also see what the policy would have let go.
         """
-        return self._row_draws(view, 4) < -float(self.price)
+        share = -float(self.price)
+        return self._row_draws(view, 4) < share if share > 0 else torch.zeros_like(view.rows, dtype=torch.bool)
 
     def _pick_sets(self, view: View, context: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
         """Head sets [G, H] and each row's choice [R], given each row's width index (-1 = stops).
@@ -185,7 +186,8 @@ class LearnedPolicy(Policy):
         """
         arms = self._units_of(view.layer)
         device = width.device
-        if view.mode == "survey":
+        whole = view.layer >= self.wide_from and self.widths[-1] == self.heads  # all units run: none to choose
+        if view.mode == "survey" or (whole and view.mode != "exploit"):
             return torch.ones(1, self.heads, dtype=torch.bool, device=device), width.clamp_max(0)
         if view.mode == "exploit" and self.max_sets == 1:
             return self.head_sets[view.layer, :, 0], width
@@ -267,8 +269,7 @@ class LearnedPolicy(Policy):
         ran, context = trace.units, trace.context
         expected = torch.ones_like(value)
         if int(self.units.clock):
-            for layer in range(layers):
-                expected[:, layer] = mean_scores(self.units, context[:, layer], self._units_of(layer))
+            expected = torch.einsum("bnf,nhf->bnh", context, self.units.mean().view(layers, heads, -1))
         total, hoped = value.sum((0, 2)), (expected * ran).sum((0, 2))
         scale = torch.where(hoped > 0, total / hoped, total / ran.sum((0, 2)).clamp_min(1))
         value = value / scale.clamp_min(1e-30)[None, :, None]

@@ -31,10 +31,10 @@ def returns(trace: Trace, quality: Tensor) -> tuple[Tensor, Tensor]:
     """
     num_layers = quality.shape[1]
     final, cost = torch.zeros_like(quality), torch.zeros_like(quality)
-    last, wants_stop = trace.layers, trace.wants_stop
+    last, wants_stop, spent = trace.layers, trace.wants_stop, trace.layer_cost
     for layer in range(num_layers - 1, -1, -1):
         final[:, layer] = quality[:, layer]
-        cost[:, layer] = trace.layer_cost[:, layer]
+        cost[:, layer] = spent[:, layer]
         if layer + 1 < num_layers:
             goes_on = (last > layer + 1) & ~wants_stop[:, layer + 1]
             final[:, layer] = torch.where(goes_on, final[:, layer + 1], final[:, layer])

@@ -41,7 +41,7 @@ class TreePolicy(LearnedPolicy):
     def __init__(self, config: DHTConfig) -> None:
         super().__init__(config, 2 * config.num_hidden_layers)
         self._kept_for: tuple[float, ...] = ()
-        self._kept: dict[int, Tensor] = {}
+        self._kept: list[Tensor] = []
         object.__setattr__(self, "_believed", None)
 
     def decide(self, view: View) -> Decision:
@@ -94,22 +94,21 @@ class TreePolicy(LearnedPolicy):
         numbers = self.numbers
         now = (numbers.moment.data_ptr(), numbers.moment._version, numbers.gram._version)
         if self._kept_for != now:
-            self._kept_for, self._kept = now, {}
-        if layer not in self._kept:
-            theta = numbers.mean(slice(2 * layer, 2 * layer + 2))  # [2, F + 3, 2]: stop and run, quality and cost
-            stop, run = theta.permute(0, 2, 1)
-            share = self._shares(run.device)
-            weights = run[:, : self.num_features, None].repeat(1, 1, len(self.widths))
-            linear, square, sure = run[:, self.num_features :, None].unbind(1)
-            weights[:, 0] += linear * share + square * share.square()
-            weights[:, 2] += sure * share
-            if layer >= self.wide_from:
-                weights[..., :-1] = 0.0
-                weights[0, 0, :-1] = CLOSED
-            if layer:
-                weights = torch.cat([stop[:, : self.num_features, None], weights], 2)
-            self._kept[layer] = torch.cat([*weights], 1)
+            self._kept_for, self._kept = now, self._weights_of_all_layers()
         return self._kept[layer]
+
+    def _weights_of_all_layers(self) -> list[Tensor]:
+        theta = self.numbers.mean().unflatten(0, (self.layers, 2)).transpose(2, 3)  # [N, 2 arms, 2 targets, F + 3]
+        stop, run = theta.unbind(1)
+        share = self._shares(run.device)
+        weights = run[..., : self.num_features, None].repeat(1, 1, 1, len(self.widths))
+        linear, square, sure = run[..., self.num_features :, None].unbind(2)
+        weights[:, :, 0] += linear * share + square * share.square()
+        weights[:, :, 2] += sure * share
+        weights[self.wide_from :, ..., :-1] = 0.0
+        weights[self.wide_from :, 0, 0, :-1] = CLOSED
+        both = torch.cat([stop[..., : self.num_features, None], weights], -1)
+        return [torch.cat([*weights[0]], 1), *torch.cat([both[1:, 0], both[1:, 1]], -1)]
 
     def _index(self, layer: int, context: Tensor, alpha: float, price: Tensor) -> Tensor:
         """UCB index of every arm, float64 [R, 1 + K], at each row's price [R]; no stopping before layer 1."""
