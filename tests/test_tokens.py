@@ -480,6 +480,43 @@ def test_the_dense_model_is_exported(tagged, tmp_path):
     assert "tags tokens; bench times models with one answer a text" in str(result.exception)
 
 
+@pytest.mark.parametrize(
+    ("row", "columns", "task"),
+    [
+        ({"tokens": ["a", "b"], "tags": ["O", "X"]}, {}, "token_classification"),
+        ({"words": ["a", "b"], "labels": [0, 1], "text": "a b"}, {}, "multi_label_classification"),
+        ({"id": 3, "tokens": ["a", "b"], "ner_tags": [0, 1], "label": "x"}, {}, "token_classification"),
+        ({"tokens": ["a", "b"], "text": "a b", "pos": ["V", "N"]}, {"label_column": "pos"}, "multi_label"),
+        ({"tokens": ["a", "b"], "pos": ["V", "N"]}, {"label_column": "pos"}, "token_classification"),
+        ({"seq": ["a", "b"], "pos": ["V", "N"]}, {"text_column": "seq", "label_column": "pos"}, "token_classification"),
+    ],
+)
+def test_tags_are_told_by_names_or_by_what_the_columns_hold(row, columns, task, tmp_path):
+    made = load_data(write(tmp_path, train=[row] * 2), splits=("train",), task="auto", **columns)
+    assert made.task.startswith(task)
+    if task == "token_classification":
+        assert made.train.words == [["a", "b"]] * 2
+        assert (
+            "task: token (rows are lists of words, with 2 kinds of tags; inferred; --task names another)" in made.notes
+        )
+
+
+def test_tags_are_found_in_tables_too(tmp_path):
+    pytest.importorskip("pyarrow")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "data").mkdir()
+    pq.write_table(
+        pa.table({"tokens": [["Ada", "wrote"], ["so"]], "ner_tags": [[1, 0], [0]]}), tmp_path / "data/train.parquet"
+    )
+    made = load_data(tmp_path / "data", splits=("train",), task="auto")
+    assert (made.task, made.train.labels) == ("token_classification", [[1, 0], [0]])
+    (tmp_path / "data/train.parquet").unlink()
+    (tmp_path / "data/train.csv").write_text('tokens,tags\n"[""Ada"", ""wrote""]","[""B-X"", ""O""]"\n', encoding="utf-8")
+    assert load_data(tmp_path / "data", splits=("train",), task="auto").train.words == [["Ada", "wrote"]]
+
+
 def test_dense_training_and_presets(tmp_path):
     rng = random.Random(0)
     data = write(tmp_path / "data", train=[sentence(rng) for _ in range(40)], validation=[sentence(rng)] * 4)

@@ -122,8 +122,8 @@ def train(
     task: Annotated[
         str,
         typer.Option(
-            help="single, multi (labels are lists), regression, auto (as labels look, said), embedding, or token (a "
-            "tag a word)."
+            help="single, multi (labels are lists), regression, token (a tag a word), auto (one of these, as the data "
+            "look, said), or embedding."
         ),
     ] = "auto",
     limit: Limit = None,

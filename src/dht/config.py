@@ -33,9 +33,8 @@ class TrainSettings:
             `settle` of all steps.
         save_every: checkpoint every so many steps; 0 = once an epoch.
         text_column, label_column: names in the data, as for `load_data`; None = inferred.
-        task: "single" (one class a row), "multi" (several), "regression", "auto" (as the labels look),
-            "embedding" (no labels: what the encoder's last layer says is learned by every exit), or "token" (a tag a
-            word).
+        task: "single" (one class a row), "multi" (several), "regression", "token" (a tag a word), "auto" (one of these,
+            as the data look), or "embedding" (no labels: what the encoder's last layer says is learned by every exit).
         class_weights: "none", or "balanced": in the loss a row counts n / (C n_c), with n_c rows of its class of n.
         limit: rows of the train, validation and test split that are used at most; None = all.
         dense: train the plain full model instead (one exit, no policy), the reference to compare with.

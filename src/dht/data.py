@@ -172,7 +172,7 @@ def load_data(
         stream_rows: rows taken of each split that is streamed; `notes` says how many there were.
         task: what labels are: "single" (one class), "multi" (a list of classes, or of 0 and 1), "regression" (a
             number), "embedding" (none needed), "token" (a list with a tag for each word; texts are lists of words) or
-            "auto" (one of the first three, inferred from the first split that is read, which `notes` says); a
+            "auto" (any of these but an embedding, inferred from the first split that is read, which `notes` says); a
             `problem_type` works too.
         limit: rows kept of train, validation and test at most; which ones, a hash of their texts decides, so it is the
             same draw everywhere, and `notes` tells it.
@@ -187,7 +187,8 @@ def load_data(
     if task not in ("auto", *TASKS, *TASKS.values()):
         raise DataError(f"task: got {shown(task)}, allowed: {', '.join(('auto', *TASKS))}")
     problem = TASKS.get(task, task)
-    choice = ColumnChoice(text_column, label_column, labelled=problem != EMBEDDING, tagged=problem == TOKEN)
+    tagged = None if task == "auto" else problem == TOKEN
+    choice = ColumnChoice(text_column, label_column, labelled=problem != EMBEDDING, tagged=tagged)
     src = open_source(source, choice, stream_rows)
     make_validation = "validation" in splits and "validation" not in src.rows and "train" in src.rows
     for split in splits:
@@ -333,11 +334,11 @@ def balanced_weights(labels: Sequence[int], classes: int) -> list[float]:
 
 
 def _first_task(src: Source, read: Sequence[str]) -> str:
-    """The task that the labels of the first split are for; its rows are kept for the reading proper."""
+    """The task that the rows of the first split are for; they are kept for the reading proper."""
     if not read:
         return SINGLE
     rows = src.rows[read[0]] = list(src.rows[read[0]])
-    return inferred_task([row.label for row in rows])
+    return TOKEN if src.choice.tagged else inferred_task([row.text for row in rows], [row.label for row in rows])
 
 
 def _named_sets(src: Source, checked: dict[str, _Checked], label_names: list[str] | None) -> dict[str, _Checked]:
