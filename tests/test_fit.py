@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import random
 
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 from typer.testing import CliRunner
 
 import dht
+import dht.evaluate as evaluation
 from builders import SIZES, batch, dynamic_model, plain_model
 from dht.cli import app
 from dht.data import Split, load_data
@@ -202,6 +204,35 @@ def test_the_run_folder_is_like_any_other(folders, tmp_path):
     assert answer["label"] in ("negative", "positive")
     again = fit_run(FitSettings(**settings.__dict__ | {"model": str(out), "out": tmp_path / "again"}))
     assert again["dense_accuracy"] == report["dense_accuracy"], "a dial can be fitted again"
+
+
+def test_rivals_are_matched_on_texts_that_the_fit_has_not_seen(classifier, folders, sentences, tmp_path, monkeypatch):
+    made = []
+    rival = evaluation.rival
+    monkeypatch.setattr(evaluation, "rival", lambda *given: made.append(given[3]) or rival(*given))
+
+    def matched_on(rows):
+        out = tmp_path / str(rows)
+        fit_run(FitSettings(str(folders / "model"), str(folders / "data"), out, rows=rows, max_length=48))
+        news = []
+        where = {"max_length": 48, "batch_size": 256, "repeats": 1, "say": news.append}
+        evaluation.evaluate(out, str(folders / "data"), policy="confidence", **where)
+        evaluation.evaluate(out, str(folders / "data"), split="validation", **where)
+        return out, [tuple(ids[ids > 0].tolist()) for batch in made[-2] for ids in batch["input_ids"]], news
+
+    out, matched, news = matched_on(60)
+    known = set(json.loads((out / "fitted.json").read_text()))
+    fresh = [t for t in sentences[0][:120] if hashlib.sha256(t.encode()).hexdigest()[:16] not in known]
+    assert len(known) == len(fresh) == 60
+    encoded = classifier[1](fresh, truncation=True, max_length=48)["input_ids"]
+    assert sorted(matched) == sorted(map(tuple, encoded))
+    assert news == ["60 of the 120 validation texts are those that dht fit was fitted on"]
+    _, matched, news = matched_on(100)
+    assert len(matched) == 120, "20 are too few to match on"
+    assert news[0] == (
+        "matched on validation, 100 of whose 120 texts dht fit was fitted on: on other texts the policy will spend "
+        "more than the budget"
+    )
 
 
 def fit_points(report):

@@ -528,7 +528,7 @@ def test_it_is_timed_with_tags_at_every_length(tagged, monkeypatch):
         (what, tokens, plan)
         for what in ("inference", "training") for tokens in (9, "mix") for plan in ("dense", "depth", "worst")
     }  # fmt: skip
-    model, tokenizer = load_run(out)
+    tokenizer = load_run(out)[1]
     data = load_data(json.loads((out / "run.json").read_text())["data"], splits=("test",), task="token")
     timed = bench_inputs.Rows(tokenizer, data, 24, seed=0).batches(4, 9)
     assert timed[0]["labels"].shape == (4, 9)
@@ -568,7 +568,9 @@ def test_tags_are_found_in_tables_too(tmp_path):
     made = load_data(tmp_path / "data", splits=("train",), task="auto")
     assert (made.task, made.train.labels) == ("token_classification", [[1, 0], [0]])
     (tmp_path / "data/train.parquet").unlink()
-    (tmp_path / "data/train.csv").write_text('tokens,tags\n"[""Ada"", ""wrote""]","[""B-X"", ""O""]"\n', encoding="utf-8")
+    (tmp_path / "data/train.csv").write_text(
+        'tokens,tags\n"[""Ada"", ""wrote""]","[""B-X"", ""O""]"\n', encoding="utf-8"
+    )
     assert load_data(tmp_path / "data", splits=("train",), task="auto").train.words == [["Ada", "wrote"]]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from .errors import ConfigError, shown
 
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
+MAY_CHANGE = ("out", "device", "save_every")
+"""Settings that may be others when a run is resumed."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,21 @@ class TrainSettings:
              "three whole numbers above 0: rows of train, validation and test")  # fmt: skip
         if problems:
             raise ConfigError(problems)
+
+    def check_resumed(self, told: Mapping[str, Any]) -> None:
+        """Raises `ConfigError` with every setting that is not the one an interrupted run was `told` (its `as_json`).
+
+        Most of them would have no effect on what a checkpoint holds, and the others would make the run another one.
+        """
+        now = json.loads(json.dumps(self.as_json()))
+        problems = [
+            f"--{name.replace('_', '-')}: got {shown(now[name])}, but the run was started with {shown(told[name])}"
+            for name in now
+            if name in told and name not in MAY_CHANGE and now[name] != told[name]
+        ]
+        if problems:
+            fix = "--resume goes on with the settings of the run: give the same, or start anew in another --out"
+            raise ConfigError([*problems[:-1], f"{problems[-1]}; {fix}"])
 
     def as_json(self) -> dict[str, Any]:
         """The settings as plain JSON values."""

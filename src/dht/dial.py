@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import re
 from dataclasses import asdict, dataclass
@@ -21,6 +23,9 @@ from .load import by_length, device_of, load_classifier, tokenise
 from .measure import report_of, run_policy, time_policy
 from .policy.baselines import DensePolicy
 from .train import Say, claim_folder, save_run
+
+FITTED = "fitted.json"
+"""In the folder of a fit: digests of the texts that it was fitted on."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +135,22 @@ def fit_run(settings: FitSettings, *, overwrite: bool = False, say: Say = lambda
     if not labelled:
         report |= dict.fromkeys(("accuracy", "macro_f1", "dense_accuracy", "full_depth_accuracy"))
     write_json(settings.out / "run.json", asdict(settings))
+    write_json(settings.out / FITTED, sorted({_digest(text) for text in data.fit.texts}))
     save_run(settings.out, fitted.model, tokenizer, report)
     return report
+
+
+def fitted_on(folder: Path, split: Split) -> list[int]:
+    """The rows of `split` whose texts `dht fit` used for the run in `folder`; none if it is no such run."""
+    try:
+        known = set(json.loads((folder / FITTED).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return []
+    return [row for row, text in enumerate(split.texts) if split.pairs is None and _digest(text) in known]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _rows(settings: FitSettings, model: PreTrainedModel, say: Say) -> _Rows:

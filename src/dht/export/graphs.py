@@ -113,7 +113,7 @@ class LayerGraph(nn.Module):
         self.head = _Exit(encoder, layer) if reads else None
 
     def forward(self, states: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        """States [B, T, D] after the layer, and the exit's logits if the graph reads them: [B, C], a tagger's [B, T, C]."""
+        """States [B, T, D] after the layer; if the graph reads it, also the exit's logits, [B, C] or [B, T, C]."""
         rows = Padded(states, attention_mask)
         bias = None if self.position_bias is None else self.position_bias(rows.max_length)
         if bias is not None and self.units is not None:
