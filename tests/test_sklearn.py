@@ -140,9 +140,7 @@ def test_saved_and_loaded_with_its_label_types(make, labels, tmp_path):
 def test_a_model_for_another_task_is_no_such_classifier(minilm_path, tmp_path):
     dynamic_model(num_labels=1, problem_type="regression").save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(minilm_path).save_pretrained(tmp_path)
-    with pytest.raises(
-        CheckpointError, match="a model for regression; DHTClassifier gives every text one class, or"
-    ):
+    with pytest.raises(CheckpointError, match="a model for regression; DHTClassifier gives every text one class, or"):
         DHTClassifier.load(tmp_path)
     dynamic_model().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="a model for single_label_classification; DHTRegressor gives every text"):
