@@ -245,6 +245,38 @@ def invoke(*arguments, text=None):
     return result
 
 
+def test_pairs_go_to_the_model_as_pairs(classifier, sentences, tmp_path):
+    model, tokenizer = copy.deepcopy(classifier[0]), classifier[1]
+    firsts, labels = ["it was so"] * 200, sentences[1]
+
+    def answers(rows):
+        cut = {"padding": True, "truncation": True, "max_length": 48, "return_tensors": "pt"}
+        with torch.no_grad():
+            return model(**tokenizer(firsts[rows], sentences[0][rows], **cut)).logits
+
+    with torch.no_grad():
+        model.classifier.bias[1] -= answers(slice(None)).diff().median()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    rows = [
+        json.dumps({"premise": first, "hypothesis": second, "label": ("negative", "positive")[label]})
+        for first, second, label in zip(firsts, *sentences, strict=True)
+    ]
+    data = tmp_path / "pairs"
+    data.mkdir()
+    (data / "validation.jsonl").write_text("\n".join(rows[:120]), encoding="utf-8")
+    (data / "test.jsonl").write_text("\n".join(rows[120:]), encoding="utf-8")
+    report = fit_run(FitSettings(str(tmp_path / "model"), str(data), tmp_path / "run", rows=60, max_length=48))
+    right = (answers(slice(120, None)).argmax(-1) == torch.tensor(labels[120:])).double().mean()
+    assert report["dense_accuracy"] == pytest.approx(float(right)), "as the classifier answers pairs"
+    assert report["fit_rows"] == 60
+    (data / "bare.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    bare = FitSettings(
+        str(tmp_path / "model"), str(data / "bare.jsonl"), tmp_path / "bare", rows=60, unlabelled=True, max_length=48
+    )
+    assert fit_run(bare)["num_examples"] == 140
+
+
 def test_the_command_prints_accuracy_against_budget(folders, tmp_path):
     shown = invoke(
         "fit", folders / "model", "--data", folders / "data", "--out", tmp_path / "a", "--rows", 60, "--split", "test",
@@ -289,7 +321,9 @@ def test_texts_and_labels_that_cannot_be_used(classifier, sentences):
     for given, told, words in (
         (texts[:12], labels[:12], "texts: got 12, a dial needs 50 or more"),
         ("one text", None, "texts: got 1, "),
-        ([*texts, ""], None, "texts: number 200 is ''; allowed: strings with something in them"),
+        ([*texts, ""], None, "texts: number 200 is ''; allowed: strings with something in them, or pairs"),
+        ([*texts, ("a", "")], None, "texts: number 200 is ('a', ''); allowed: strings with something in them, or"),
+        ([*texts, ("a", "b")], None, "texts: 200 single texts among 1 pairs; give one kind"),
         (texts, labels[:7], "labels: got 7 for 200 texts; give one each, or None"),
         (texts, [*labels[:199], 2], "labels: number 199 is 2; allowed: 'negative', 'positive', 0, 1"),
         (texts[:1] * 60, None, "to all 60; give texts of several classes"),
@@ -325,10 +359,10 @@ def test_models_without_a_fitting_head(classifier, sentences, folders, minilm_pa
         FitSettings(**good | {"rows": 7, "split": "dev"}).check()
     with pytest.raises(DataError, match="is a file; give a data folder, or add --unlabelled"):
         fit_run(FitSettings(**good | {"data": str(folders / "texts.txt")}))
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text('{"premise": "a", "hypothesis": "b"}\n' * 60)
-    with pytest.raises(DataError, match="holds sentence pairs; dht fit takes single texts so far"):
-        fit_run(FitSettings(**good | {"data": str(pairs), "unlabelled": True}))
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text('{"premise": "a", "hypothesis": "b"}\n' * 60 + "a text alone\n")
+    with pytest.raises(DataError, match="mixed.jsonl: 1 single texts among 60 pairs; give one kind"):
+        fit_run(FitSettings(**good | {"data": str(mixed), "unlabelled": True}))
     three = copy.deepcopy(plain_model("bert"))
     three.save_pretrained(tmp_path / "three")
     tokenizer.save_pretrained(tmp_path / "three")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ._rows import clean_text
-from .data import Split, Text
+from .data import Text
 from .errors import DataError, shown
 
 if TYPE_CHECKING:
@@ -35,20 +34,6 @@ def as_texts(X: Any) -> list[Text]:
             raise DataError(f"X row {number}: got {len(cleaned)} values; allowed: a text, or two for a pair")
         texts.append(cleaned[0] if len(cleaned) == 1 else (cleaned[0], cleaned[1]))
     return texts
-
-
-def as_split(texts: Sequence[Text], labels: list[Any]) -> Split:
-    """The texts or pairs with their labels.
-
-    Raises:
-        DataError: both kinds of texts.
-    """
-    singles = [text for text in texts if isinstance(text, str)]
-    if len(singles) == len(texts):
-        return Split(singles, labels)
-    if singles:
-        raise DataError(f"X: {len(singles)} single texts among {len(texts) - len(singles)} pairs; give one kind")
-    return Split([text[0] for text in texts], labels, [text[1] for text in texts])
 
 
 def as_classes(y: Any, rows: int) -> tuple[NDArray[Any], list[Any]]:

@@ -47,6 +47,7 @@ __all__ = [
     "cut_validation",
     "load_data",
     "read_texts",
+    "split_of",
     "stratified_order",
 ]
 
@@ -100,6 +101,23 @@ class Split:
         pairs = None if self.pairs is None else [self.pairs[row] for row in wanted]
         words = None if self.words is None else [self.words[row] for row in wanted]
         return Split([self.texts[row] for row in wanted], [self.labels[row] for row in wanted], pairs, words)
+
+
+def split_of(texts: Sequence[Text], labels: list[Any], where: str) -> Split:
+    """The texts or pairs with their labels.
+
+    Args:
+        where: begins the message.
+
+    Raises:
+        DataError: both kinds of texts.
+    """
+    singles = [text for text in texts if isinstance(text, str)]
+    if len(singles) == len(texts):
+        return Split(singles, labels)
+    if singles:
+        raise DataError(f"{where}: {len(singles)} single texts among {len(texts) - len(singles)} pairs; give one kind")
+    return Split([text[0] for text in texts], labels, [text[1] for text in texts])
 
 
 @dataclass(frozen=True)

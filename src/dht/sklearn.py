@@ -16,12 +16,12 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import SaveStrategy
 
-from ._estimator_input import as_classes, as_numbers, as_split, as_texts
+from ._estimator_input import as_classes, as_numbers, as_texts
 from ._extras import optional
 from ._files import write_json
 from ._labels import MULTI, NUMBER_NAME, REGRESSION, SINGLE
 from .config import TrainSettings
-from .data import VALIDATION_FRACTION, TextData, cut_validation
+from .data import VALIDATION_FRACTION, TextData, cut_validation, split_of
 from .errors import CheckpointError, DataError
 from .hf.modeling import DHTForSequenceClassification
 from .load import by_length, check_budget, load_run
@@ -147,7 +147,7 @@ class _DynamicEstimator(BaseEstimator):
             raise DataError(f"validation_fraction: got {self.validation_fraction}, allowed: a number in (0, 1)")
         if not isinstance(self.random_state, int | np.integer):
             raise DataError(f"random_state: got {self.random_state!r}, allowed: an integer")
-        whole = as_split(X, labels)
+        whole = split_of(X, labels, "X")
         train, held_out = cut_validation(whole, self.random_state, "X", self.validation_fraction)
         data = TextData("X", train, held_out, None, names, task=task)
         with tempfile.TemporaryDirectory() as scratch, _generators_kept():
