@@ -116,6 +116,30 @@ def test_the_last_line_is_json_and_the_table_is_for_people(result):
     assert all(0 <= value < 1e-3 for value in full["parity"][header["settings"]["models"][0]].values())
 
 
+def test_models_of_other_tasks_are_timed(settings, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(inputs, "TIMED_ROWS", 4)
+    label = {"embedding": None, "regression": 0.5, "multi_label_classification": ["a", "b"]}
+    for task, given in label.items():
+        folder = tmp_path / task
+        folder.mkdir()
+        rows = [
+            {"text": f"text number {i}", "label": [["a"], given][i % 2] if "multi" in task else given} for i in range(8)
+        ]
+        (folder / "test.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        names = {"embedding": ["embedding"], "regression": ["value"]}.get(task, ["a", "b"])
+        head = {"head": "embedding"} if task == "embedding" else {"problem_type": task}
+        for part in build(settings, names, head):
+            part.save_pretrained(folder)
+        asked = parse(
+            data=str(folder), models=str(folder), batch="4", training_batch="4", tokens="9,mix", fractions="1.0,.5",
+            dtype="float32", plans="both", what="inference,training",
+        )  # fmt: skip
+        found = bench(asked)["rows"]
+        assert {(row["what"], row["plan"]) for row in found} == {
+            (what, plan) for what in ("inference", "training") for plan in ("dense", "both")
+        }
+
+
 def test_what_cannot_be_measured_is_left_out_and_said(settings):  # noqa: F811
     news = []
     asked = parse(

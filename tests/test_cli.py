@@ -44,6 +44,17 @@ def test_help_is_light_and_names_every_command():
     assert invoke("--version").output.startswith("dht 0.")
 
 
+@pytest.mark.parametrize("command", [("fit", "x", "--data", "y"), ("evaluate", "x"), ("demo",)])
+def test_commands_of_one_process_say_so(command, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert refused(monkeypatch, capsys, *command) == (
+        f"dht: error: dht {command[0]} was started in 2 processes (WORLD_SIZE), but runs in one; start it without "
+        "torchrun or accelerate launch (dht train takes several)\n"
+    )
+    assert invoke("doctor", "--json").exit_code == 0
+
+
 def test_evaluate_writes_json(finished, settings, tmp_path):  # noqa: F811
     target = tmp_path / "deep" / "r.json"
     result = invoke("evaluate", finished[0], "--data", settings.data, "--json", target, "--max-length", 48)

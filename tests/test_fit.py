@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import random
 
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 from typer.testing import CliRunner
 
 import dht
+import dht.evaluate as evaluation
 from builders import SIZES, batch, dynamic_model, plain_model
 from dht.cli import app
 from dht.data import Split, load_data
@@ -204,6 +206,35 @@ def test_the_run_folder_is_like_any_other(folders, tmp_path):
     assert again["dense_accuracy"] == report["dense_accuracy"], "a dial can be fitted again"
 
 
+def test_rivals_are_matched_on_texts_that_the_fit_has_not_seen(classifier, folders, sentences, tmp_path, monkeypatch):
+    made = []
+    rival = evaluation.rival
+    monkeypatch.setattr(evaluation, "rival", lambda *given: made.append(given[3]) or rival(*given))
+
+    def matched_on(rows):
+        out = tmp_path / str(rows)
+        fit_run(FitSettings(str(folders / "model"), str(folders / "data"), out, rows=rows, max_length=48))
+        news = []
+        where = {"max_length": 48, "batch_size": 256, "repeats": 1, "say": news.append}
+        evaluation.evaluate(out, str(folders / "data"), policy="confidence", **where)
+        evaluation.evaluate(out, str(folders / "data"), split="validation", **where)
+        return out, [tuple(ids[ids > 0].tolist()) for batch in made[-2] for ids in batch["input_ids"]], news
+
+    out, matched, news = matched_on(60)
+    known = set(json.loads((out / "fitted.json").read_text()))
+    fresh = [t for t in sentences[0][:120] if hashlib.sha256(t.encode()).hexdigest()[:16] not in known]
+    assert len(known) == len(fresh) == 60
+    encoded = classifier[1](fresh, truncation=True, max_length=48)["input_ids"]
+    assert sorted(matched) == sorted(map(tuple, encoded))
+    assert news == ["60 of the 120 validation texts are those that dht fit was fitted on"]
+    _, matched, news = matched_on(100)
+    assert len(matched) == 120, "20 are too few to match on"
+    assert news[0] == (
+        "matched on validation, 100 of whose 120 texts dht fit was fitted on: on other texts the policy will spend "
+        "more than the budget"
+    )
+
+
 def fit_points(report):
     return [point["measured"] for point in report["dial"]]
 
@@ -212,6 +243,38 @@ def invoke(*arguments, text=None):
     result = CliRunner().invoke(app, [str(a) for a in arguments], input=text)
     assert result.exit_code == 0, result.output
     return result
+
+
+def test_pairs_go_to_the_model_as_pairs(classifier, sentences, tmp_path):
+    model, tokenizer = copy.deepcopy(classifier[0]), classifier[1]
+    firsts, labels = ["it was so"] * 200, sentences[1]
+
+    def answers(rows):
+        cut = {"padding": True, "truncation": True, "max_length": 48, "return_tensors": "pt"}
+        with torch.no_grad():
+            return model(**tokenizer(firsts[rows], sentences[0][rows], **cut)).logits
+
+    with torch.no_grad():
+        model.classifier.bias[1] -= answers(slice(None)).diff().median()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    rows = [
+        json.dumps({"premise": first, "hypothesis": second, "label": ("negative", "positive")[label]})
+        for first, second, label in zip(firsts, *sentences, strict=True)
+    ]
+    data = tmp_path / "pairs"
+    data.mkdir()
+    (data / "validation.jsonl").write_text("\n".join(rows[:120]), encoding="utf-8")
+    (data / "test.jsonl").write_text("\n".join(rows[120:]), encoding="utf-8")
+    report = fit_run(FitSettings(str(tmp_path / "model"), str(data), tmp_path / "run", rows=60, max_length=48))
+    right = (answers(slice(120, None)).argmax(-1) == torch.tensor(labels[120:])).double().mean()
+    assert report["dense_accuracy"] == pytest.approx(float(right)), "as the classifier answers pairs"
+    assert report["fit_rows"] == 60
+    (data / "bare.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    bare = FitSettings(
+        str(tmp_path / "model"), str(data / "bare.jsonl"), tmp_path / "bare", rows=60, unlabelled=True, max_length=48
+    )
+    assert fit_run(bare)["num_examples"] == 140
 
 
 def test_the_command_prints_accuracy_against_budget(folders, tmp_path):
@@ -258,7 +321,9 @@ def test_texts_and_labels_that_cannot_be_used(classifier, sentences):
     for given, told, words in (
         (texts[:12], labels[:12], "texts: got 12, a dial needs 50 or more"),
         ("one text", None, "texts: got 1, "),
-        ([*texts, ""], None, "texts: number 200 is ''; allowed: strings with something in them"),
+        ([*texts, ""], None, "texts: number 200 is ''; allowed: strings with something in them, or pairs"),
+        ([*texts, ("a", "")], None, "texts: number 200 is ('a', ''); allowed: strings with something in them, or"),
+        ([*texts, ("a", "b")], None, "texts: 200 single texts among 1 pairs; give one kind"),
         (texts, labels[:7], "labels: got 7 for 200 texts; give one each, or None"),
         (texts, [*labels[:199], 2], "labels: number 199 is 2; allowed: 'negative', 'positive', 0, 1"),
         (texts[:1] * 60, None, "to all 60; give texts of several classes"),
@@ -294,10 +359,10 @@ def test_models_without_a_fitting_head(classifier, sentences, folders, minilm_pa
         FitSettings(**good | {"rows": 7, "split": "dev"}).check()
     with pytest.raises(DataError, match="is a file; give a data folder, or add --unlabelled"):
         fit_run(FitSettings(**good | {"data": str(folders / "texts.txt")}))
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text('{"premise": "a", "hypothesis": "b"}\n' * 60)
-    with pytest.raises(DataError, match="holds sentence pairs; dht fit takes single texts so far"):
-        fit_run(FitSettings(**good | {"data": str(pairs), "unlabelled": True}))
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text('{"premise": "a", "hypothesis": "b"}\n' * 60 + "a text alone\n")
+    with pytest.raises(DataError, match="mixed.jsonl: 1 single texts among 60 pairs; give one kind"):
+        fit_run(FitSettings(**good | {"data": str(mixed), "unlabelled": True}))
     three = copy.deepcopy(plain_model("bert"))
     three.save_pretrained(tmp_path / "three")
     tokenizer.save_pretrained(tmp_path / "three")

@@ -19,8 +19,9 @@ from sklearn.preprocessing import FunctionTransformer
 from transformers import AutoTokenizer
 
 from builders import dynamic_model
-from dht.errors import CheckpointError, ConfigError, DHTError
-from dht.sklearn import DHTClassifier
+from dht._estimator_input import as_classes
+from dht.errors import CheckpointError, ConfigError, DataError, DHTError
+from dht.sklearn import DHTClassifier, DHTRegressor
 from test_train import encoder, finished, sentences, settings  # noqa: F401
 
 GOOD = ["lovely {}", "a great {}", "the best {}", "what a fine {}", "I love this {}"]
@@ -137,10 +138,64 @@ def test_saved_and_loaded_with_its_label_types(make, labels, tmp_path):
 
 
 def test_a_model_for_another_task_is_no_such_classifier(minilm_path, tmp_path):
-    dynamic_model(problem_type="multi_label_classification").save_pretrained(tmp_path)
+    dynamic_model(num_labels=1, problem_type="regression").save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(minilm_path).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="a model for multi_label_classification; DHTClassifier gives every text"):
+    with pytest.raises(CheckpointError, match="a model for regression; DHTClassifier gives every text one class, or"):
         DHTClassifier.load(tmp_path)
+    dynamic_model().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="a model for single_label_classification; DHTRegressor gives every text"):
+        DHTRegressor.load(tmp_path)
+
+
+SEVERAL = np.array([["film" in line or "book" in line, word == "pos"] for line, word in zip(X, Y, strict=True)]) * 1
+
+
+def test_several_labels_a_row_are_a_matrix_of_zeros_and_ones(make, tmp_path):
+    estimator = make().fit(X, SEVERAL)
+    assert estimator.multilabel_
+    assert estimator.classes_.tolist() == [0, 1]
+    said, probabilities = estimator.predict(X), estimator.predict_proba(X)
+    assert (said.shape, said.dtype, probabilities.shape) == ((80, 2), np.int64, (80, 2))
+    np.testing.assert_array_equal(said, probabilities > 0.5)
+    assert (said == SEVERAL).mean(0).min() > 0.85
+    assert estimator.score(X, SEVERAL) == (said == SEVERAL).all(1).mean()
+    estimator.save(tmp_path / "run")
+    again = DHTClassifier.load(tmp_path / "run")
+    np.testing.assert_array_equal(again.predict(X), said)
+    assert clone(estimator).__sklearn_tags__().classifier_tags.multi_label
+    sparse = pytest.importorskip("scipy.sparse").csr_matrix(SEVERAL)
+    scores = cross_val_score(make(epochs=0.3), X, sparse.toarray(), cv=2, error_score="raise")
+    assert scores.shape == (2,)
+    np.testing.assert_array_equal(as_classes(sparse, 80)[1], as_classes(SEVERAL.astype(bool), 80)[1])
+
+
+def test_numbers(make, encoder, tmp_path):  # noqa: F811
+    numbers = np.array([12.0 if word == "pos" else -3.0 for word in Y])
+    params = make().get_params()
+    del params["class_weight"]
+    estimator = DHTRegressor(**params).fit(X, numbers)
+    assert estimator.predict(X).shape == (80,)
+    assert estimator.score(X, numbers) > 0.6, "R2"
+    assert estimator.spent(X)[0].shape == (80,)
+    estimator.save(tmp_path / "run")
+    np.testing.assert_allclose(DHTRegressor.load(tmp_path / "run").predict(X), estimator.predict(X), atol=1e-5)
+    again = pickle.loads(pickle.dumps(estimator))
+    np.testing.assert_allclose(again.predict(X), estimator.predict(X), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([1.0], r"y: got shape \(1,\), expected \(2,\), one number a text of X"),
+        (["a", "b"], "y: got 'a'; allowed: finite numbers"),
+        ([1.0, float("inf")], "y: got inf; allowed: finite numbers"),
+        ([True, False], "y: got dtype.'bool'.; allowed: finite numbers"),
+        ([2, 2], "y: all 2 numbers are 2; training needs numbers that differ"),
+    ],
+)
+def test_numbers_that_are_none(labels, message):
+    with pytest.raises(DataError, match=message):
+        DHTRegressor().fit(["a", "b"], labels)
 
 
 def test_a_run_of_dht_train_is_an_estimator_too(finished):  # noqa: F811
@@ -173,6 +228,14 @@ def test_pairs_columns_and_tables(make):
         (["a", "b"], ["x"], r"y: got shape \(1,\), expected \(2,\), one label a text of X"),
         (["a", "b"], [0.5, 1.0], "y: got labels of type float64; allowed: strings, integers or booleans"),
         (["a", "b"], np.array(["x", 3], dtype=object), "y: labels of several types"),
+        (["a", "b"], [["x"], ["y"]], r"y: got shape \(2, 1\), expected .*, or \(2, C\), a 0 or 1 for each of C labels"),
+        (
+            ["a", "b"],
+            [[0, 1], [2, 0]],
+            "y: got 2 in a matrix; allowed: 0 and 1, whether the row has the column",
+        ),
+        (["a", "b"], [["x", "y"], ["y", "x"]], "y: got 'x' in a matrix"),
+        (["a", "b"], [[0, 0], [0, 0]], "y: no row has a label; training needs one or more"),
         (["a", "b"], ["x", "x"], "y: all 2 labels are the same; training needs two classes or more"),
         (["a", "b"], ["x", "y"], "X: too few different train texts"),
     ],

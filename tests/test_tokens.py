@@ -26,6 +26,7 @@ from dht.config import TrainSettings
 from dht.data import load_data, read_texts
 from dht.errors import ConfigError, DataError, DHTError
 from dht.evaluate import evaluate
+from dht.export.graphs import PlanGraph
 from dht.hf.configuration import DHTConfig
 from dht.hf.convert import FAMILIES, convert, export, load_source
 from dht.hf.modeling import DHTForSequenceClassification, DHTForTokenClassification, exit_loss
@@ -35,7 +36,7 @@ from dht.metrics import entities, entity_scores
 from dht.model.execute import execute
 from dht.model.reference import reference
 from dht.plan import Plan
-from dht.policy.baselines import DensePolicy, FixedPlan
+from dht.policy.baselines import DensePolicy, FixedPlan, StaticPolicy
 from dht.policy.reward import quality
 from dht.predict import predict
 from dht.task import Entities, SingleLabel, TokenTags, task_of
@@ -473,11 +474,104 @@ def test_the_dense_model_is_exported(tagged, tmp_path):
     assert json.loads(result.stdout)["head"]
     plain = AutoModelForTokenClassification.from_pretrained(tmp_path / "plain")
     assert type(plain).__name__ == "BertForTokenClassification"
-    for format in ("onnx", "onnx-chain"):
-        result = CliRunner().invoke(app, ["export", str(out), "--out", str(tmp_path / format), "--format", format])
-        assert f"--format {format}: the model tags tokens, and only --format transformers" in str(result.exception)
-    result = CliRunner().invoke(app, ["bench", "--model", str(out)])
-    assert "tags tokens; bench times models with one answer a text" in str(result.exception)
+    result = CliRunner().invoke(app, ["export", str(out), "--out", str(tmp_path / "c"), "--format", "onnx-chain"])
+    assert "--format onnx-chain: the model is for token_classification" in str(result.exception)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "dht"])
+def test_a_plan_as_padded_tensors_is_the_executors(family):
+    model = tagger(family)
+    inputs = batch(pad=model.config.pad_token_id or 0)
+    keep = inputs["attention_mask"].bool()
+    del inputs["labels"]
+    units = torch.tensor([[True] * 5, [True, False, True, False, False], [False] * 5])
+    if family == "modernbert":
+        units[2] = True  # the last exit has a head of its own
+    with torch.no_grad():
+        got = PlanGraph(model.encoder, units)(**inputs)
+        plan = FixedPlan(Plan(units[None].expand(len(LENGTHS), -1, -1)), reads_exits=False)
+        expected = model(**inputs, policy=plan).logits
+    torch.testing.assert_close(got[keep], expected[keep], atol=1e-5, rtol=1e-5)
+
+
+def test_a_plan_is_exported_as_one_graph(tagged, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    out, _, _ = tagged
+    call = ["export", str(out), "--out", str(tmp_path / "m.onnx"), "--format", "onnx", "--plan", "2x4"]
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert (report["layers"], report["units"]) == (2, 4)
+    assert report["max_difference"] < 1e-4
+    model, tokenizer = load_run(out)
+    texts = ["grace went to rome", "mr house saw oslo and paris"]
+    rows = tokenizer(texts, padding=True, return_tensors="pt")
+    (got,) = runtime.InferenceSession(str(tmp_path / "m.onnx")).run(None, {k: v.numpy() for k, v in rows.items()})
+    with torch.inference_mode():
+        expected = model(**rows, policy=StaticPolicy(2, 4, model.policy.ranking())).logits
+    keep = rows["attention_mask"].bool()
+    torch.testing.assert_close(torch.from_numpy(got)[keep], expected[keep], atol=1e-4, rtol=1e-4)
+
+
+def test_it_is_timed_with_tags_at_every_length(tagged, monkeypatch):
+    import dht.bench.inputs as bench_inputs
+
+    monkeypatch.setattr(bench_inputs, "TIMED_ROWS", 4)
+    monkeypatch.setattr(bench_inputs, "SINGLE_ROWS", 2)
+    out, _, _ = tagged
+    call = ["bench", "--model", str(out), "--batch", "4", "--training-batch", "4", "--tokens", "9,mix"]
+    result = CliRunner().invoke(app, [*call, "--fractions", "1.0,.5", "--dtype", "float32"])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout.splitlines()[-1])["rows"]
+    assert {(row[1], row[4], row[5]) for row in rows} >= {
+        (what, tokens, plan)
+        for what in ("inference", "training") for tokens in (9, "mix") for plan in ("dense", "depth", "worst")
+    }  # fmt: skip
+    tokenizer = load_run(out)[1]
+    data = load_data(json.loads((out / "run.json").read_text())["data"], splits=("test",), task="token")
+    timed = bench_inputs.Rows(tokenizer, data, 24, seed=0).batches(4, 9)
+    assert timed[0]["labels"].shape == (4, 9)
+    assert {int((part["labels"] != -100).sum() > 4) for part in timed} == {1}, "most tokens have a tag to learn from"
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "task"),
+    [
+        ({"tokens": ["a", "b"], "tags": ["O", "X"]}, {}, "token_classification"),
+        ({"words": ["a", "b"], "labels": [0, 1], "text": "a b"}, {}, "multi_label_classification"),
+        ({"id": 3, "tokens": ["a", "b"], "ner_tags": [0, 1], "label": "x"}, {}, "token_classification"),
+        ({"tokens": ["a", "b"], "text": "a b", "pos": ["V", "N"]}, {"label_column": "pos"}, "multi_label"),
+        ({"tokens": ["a", "b"], "pos": ["V", "N"]}, {"label_column": "pos"}, "token_classification"),
+        ({"seq": ["a", "b"], "pos": ["V", "N"]}, {"text_column": "seq", "label_column": "pos"}, "token_classification"),
+    ],
+)
+def test_tags_are_told_by_names_or_by_what_the_columns_hold(row, columns, task, tmp_path):
+    made = load_data(write(tmp_path, train=[row] * 2), splits=("train",), task="auto", **columns)
+    assert made.task.startswith(task)
+    if task == "token_classification":
+        assert made.train.words == [["a", "b"]] * 2
+        assert (
+            "task: token (rows are lists of words, with 2 kinds of tags; inferred; --task names another)" in made.notes
+        )
+
+
+def test_tags_are_found_in_tables_too(tmp_path):
+    pytest.importorskip("pyarrow")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "data").mkdir()
+    pq.write_table(
+        pa.table({"tokens": [["Ada", "wrote"], ["so"]], "ner_tags": [[1, 0], [0]]}), tmp_path / "data/train.parquet"
+    )
+    made = load_data(tmp_path / "data", splits=("train",), task="auto")
+    assert (made.task, made.train.labels) == ("token_classification", [[1, 0], [0]])
+    (tmp_path / "data/train.parquet").unlink()
+    (tmp_path / "data/train.csv").write_text(
+        'tokens,tags\n"[""Ada"", ""wrote""]","[""B-X"", ""O""]"\n', encoding="utf-8"
+    )
+    assert load_data(tmp_path / "data", splits=("train",), task="auto").train.words == [["Ada", "wrote"]]
 
 
 def test_dense_training_and_presets(tmp_path):

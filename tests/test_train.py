@@ -16,7 +16,7 @@ import dht.train as training
 from dht.config import TrainSettings
 from dht.data import load_data
 from dht.errors import CheckpointError, ConfigError, DHTError
-from dht.load import load_run
+from dht.load import all_told_of, load_run
 from launching import launch
 
 FIELDS = {
@@ -214,6 +214,35 @@ def test_several_processes_train_one_run(settings, tmp_path):
     assert load_run(out)[0].config.budget == 0.4
     assert not (out / "checkpoints").exists()
     assert "| accuracy |" in (out / "README.md").read_text()
+
+
+def test_a_run_is_resumed_with_its_own_settings(settings, tmp_path, monkeypatch):
+    make = training.dynamic_trainer
+
+    def stopping(*args, **kwargs):
+        trainer = make(*args, **kwargs)
+        trainer.add_callback(_Stop(12))
+        return trainer
+
+    small = replace(settings, out=tmp_path / "run", epochs=1, limit=(220, 40, 40))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "dynamic_trainer", stopping)
+        training.train(small)
+    told = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.raises(ConfigError) as caught:
+        training.train(replace(small, lr=0.5, seed=1), resume=True)
+    assert str(caught.value) == (
+        "2 problems: (1) --seed: got 1, but the run was started with 0 (2) --lr: got 0.5, but the run was started with "
+        "0.001; --resume goes on with the settings of the run: give the same, or start anew in another --out"
+    )
+    assert (tmp_path / "run" / "run.json").read_bytes() == told, "nothing was written"
+    assert training.train(replace(small, save_every=4), resume=True)["resumed"]
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", "{}"])
+def test_settings_that_a_run_does_not_tell_are_not_compared(content, settings, tmp_path):
+    (tmp_path / "run.json").write_text(content)
+    replace(settings, out=tmp_path).check_resumed(all_told_of(tmp_path))
 
 
 def test_resume_without_a_checkpoint(settings, tmp_path):

@@ -45,13 +45,13 @@ class ColumnChoice:
         text: the text column, two names with a comma between for sentence pairs, or None = inferred.
         label: the label column, or None = inferred.
         labelled: False if no label is needed: the text stands in for it.
-        tagged: True if texts are lists of words and labels lists of tags.
+        tagged: True if texts are lists of words and labels lists of tags; None = if the columns are called so.
     """
 
     def __init__(
-        self, text: str | None = None, label: str | None = None, labelled: bool = True, *, tagged: bool = False
+        self, text: str | None = None, label: str | None = None, labelled: bool = True, *, tagged: bool | None = False
     ) -> None:
-        self._text, self._label, self._labelled, self.tagged = text, label, labelled, tagged
+        self._text, self._label, self._labelled, self._tagged = text, label, labelled, tagged
         self._found: Columns | None = None
 
     def of(self, columns: Sequence[str], where: str) -> Columns:
@@ -62,6 +62,8 @@ class ColumnChoice:
         """
         found = self._found
         if found is None:
+            if self._tagged is None:
+                self._tagged = self._text is None and look_tagged(columns, self._label)
             text, pair = text_columns(columns, self._text, where, tagged=self.tagged)
             label = text
             if self.tagged:
@@ -74,6 +76,11 @@ class ColumnChoice:
                 _require(columns, name, option, where)
         self._found = found
         return found
+
+    @property
+    def tagged(self) -> bool:
+        """True if the columns hold lists of words and their tags, as was said or as they are called."""
+        return bool(self._tagged)
 
     @property
     def pairs(self) -> bool:
@@ -118,6 +125,25 @@ def text_columns(
         if one in known and other in known and (one == "text" or "text" not in known):
             return known[one], known[other]
     return _single(columns, "text", TEXTS, where), None
+
+
+def look_tagged(columns: Sequence[str], label: str | None = None) -> bool:
+    """True if columns are called as words and tags are, and do not also hold a text with its label.
+
+    Args:
+        label: the column that was named for the label or the tags, if one was.
+
+    >>> look_tagged(["id", "tokens", "ner_tags"]), look_tagged(["text", "label", "tokens", "tags"])
+    (True, False)
+    """
+    known = _folded(columns)
+
+    def has(*names: str) -> bool:
+        return any(name in known for name in names)
+
+    labelled = label is not None or has("label", *LABELS)
+    tagged = label is not None or has("tags", *TAGS)
+    return has("tokens", *WORDS) and tagged and not (has("text", *TEXTS) and labelled)
 
 
 def _folded(columns: Sequence[str]) -> dict[str, str]:

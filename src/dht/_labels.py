@@ -23,8 +23,14 @@ INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
 DECIMAL = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)([eE][-+]?[0-9]+)?")
 
 
-def inferred_task(labels: Sequence[object]) -> str:
-    """The `problem_type` of raw labels: lists are several labels; numbers, not all of them whole, are a regression."""
+def inferred_task(texts: Sequence[object], labels: Sequence[object]) -> str:
+    """The `problem_type` of raw rows.
+
+    Lists of words with lists of labels are tags; other lists are several labels; numbers, not all of them whole, are a
+    regression.
+    """
+    if labels and all(isinstance(value, list) for value in (*texts, *labels)):
+        return TOKEN
     if any(_as_list(label) is not None for label in labels):
         return MULTI
     numbers = [_as_number(label) for label in labels]
@@ -38,7 +44,11 @@ def task_note(task: str, names: Sequence[str]) -> str | None:
     """What was inferred, in one line; None of the usual case, one class a row."""
     if task == SINGLE:
         return None
-    what = f"labels are lists of {len(names)} classes" if task == MULTI else "labels are numbers with fractions"
+    what = {
+        MULTI: f"labels are lists of {len(names)} classes",
+        TOKEN: f"rows are lists of words, with {len(names)} kinds of tags",
+        REGRESSION: "labels are numbers with fractions",
+    }[task]
     short = next(short for short, name in TASKS.items() if name == task)
     return f"task: {short} ({what}; inferred; --task names another)"
 

@@ -61,11 +61,18 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    processes, command = os.environ.get("WORLD_SIZE", "1"), context.invoked_subcommand
+    several = "LOCAL_RANK" in os.environ and processes.isdecimal() and int(processes) > 1
+    if several and command not in ("train", "doctor"):
+        raise DHTError(
+            f"dht {command} was started in {processes} processes (WORLD_SIZE), but runs in one; start it without "
+            "torchrun or accelerate launch (dht train takes several)"
+        )
 
 
 @app.command()
@@ -122,8 +129,8 @@ def train(
     task: Annotated[
         str,
         typer.Option(
-            help="single, multi (labels are lists), regression, auto (as labels look, said), embedding, or token (a "
-            "tag a word)."
+            help="single, multi (labels are lists), regression, token (a tag a word), auto (one of these, as the data "
+            "look, said), or embedding."
         ),
     ] = "auto",
     limit: Limit = None,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from .errors import ConfigError, shown
 
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
+MAY_CHANGE = ("out", "device", "save_every")
+"""Settings that may be others when a run is resumed."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,8 @@ class TrainSettings:
             `settle` of all steps.
         save_every: checkpoint every so many steps; 0 = once an epoch.
         text_column, label_column: names in the data, as for `load_data`; None = inferred.
-        task: "single" (one class a row), "multi" (several), "regression", "auto" (as the labels look),
-            "embedding" (no labels: what the encoder's last layer says is learned by every exit), or "token" (a tag a
-            word).
+        task: "single" (one class a row), "multi" (several), "regression", "token" (a tag a word), "auto" (one of these,
+            as the data look), or "embedding" (no labels: what the encoder's last layer says is learned by every exit).
         class_weights: "none", or "balanced": in the loss a row counts n / (C n_c), with n_c rows of its class of n.
         limit: rows of the train, validation and test split that are used at most; None = all.
         dense: train the plain full model instead (one exit, no policy), the reference to compare with.
@@ -101,6 +103,21 @@ class TrainSettings:
              "three whole numbers above 0: rows of train, validation and test")  # fmt: skip
         if problems:
             raise ConfigError(problems)
+
+    def check_resumed(self, told: Mapping[str, Any]) -> None:
+        """Raises `ConfigError` with every setting that is not the one an interrupted run was `told` (its `as_json`).
+
+        Most of them would have no effect on what a checkpoint holds, and the others would make the run another one.
+        """
+        now = json.loads(json.dumps(self.as_json()))
+        problems = [
+            f"--{name.replace('_', '-')}: got {shown(now[name])}, but the run was started with {shown(told[name])}"
+            for name in now
+            if name in told and name not in MAY_CHANGE and now[name] != told[name]
+        ]
+        if problems:
+            fix = "--resume goes on with the settings of the run: give the same, or start anew in another --out"
+            raise ConfigError([*problems[:-1], f"{problems[-1]}; {fix}"])
 
     def as_json(self) -> dict[str, Any]:
         """The settings as plain JSON values."""

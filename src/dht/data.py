@@ -47,6 +47,7 @@ __all__ = [
     "cut_validation",
     "load_data",
     "read_texts",
+    "split_of",
     "stratified_order",
 ]
 
@@ -100,6 +101,23 @@ class Split:
         pairs = None if self.pairs is None else [self.pairs[row] for row in wanted]
         words = None if self.words is None else [self.words[row] for row in wanted]
         return Split([self.texts[row] for row in wanted], [self.labels[row] for row in wanted], pairs, words)
+
+
+def split_of(texts: Sequence[Text], labels: list[Any], where: str) -> Split:
+    """The texts or pairs with their labels.
+
+    Args:
+        where: begins the message.
+
+    Raises:
+        DataError: both kinds of texts.
+    """
+    singles = [text for text in texts if isinstance(text, str)]
+    if len(singles) == len(texts):
+        return Split(singles, labels)
+    if singles:
+        raise DataError(f"{where}: {len(singles)} single texts among {len(texts) - len(singles)} pairs; give one kind")
+    return Split([text[0] for text in texts], labels, [text[1] for text in texts])
 
 
 @dataclass(frozen=True)
@@ -172,7 +190,7 @@ def load_data(
         stream_rows: rows taken of each split that is streamed; `notes` says how many there were.
         task: what labels are: "single" (one class), "multi" (a list of classes, or of 0 and 1), "regression" (a
             number), "embedding" (none needed), "token" (a list with a tag for each word; texts are lists of words) or
-            "auto" (one of the first three, inferred from the first split that is read, which `notes` says); a
+            "auto" (any of these but an embedding, inferred from the first split that is read, which `notes` says); a
             `problem_type` works too.
         limit: rows kept of train, validation and test at most; which ones, a hash of their texts decides, so it is the
             same draw everywhere, and `notes` tells it.
@@ -187,7 +205,8 @@ def load_data(
     if task not in ("auto", *TASKS, *TASKS.values()):
         raise DataError(f"task: got {shown(task)}, allowed: {', '.join(('auto', *TASKS))}")
     problem = TASKS.get(task, task)
-    choice = ColumnChoice(text_column, label_column, labelled=problem != EMBEDDING, tagged=problem == TOKEN)
+    tagged = None if task == "auto" else problem == TOKEN
+    choice = ColumnChoice(text_column, label_column, labelled=problem != EMBEDDING, tagged=tagged)
     src = open_source(source, choice, stream_rows)
     make_validation = "validation" in splits and "validation" not in src.rows and "train" in src.rows
     for split in splits:
@@ -333,11 +352,11 @@ def balanced_weights(labels: Sequence[int], classes: int) -> list[float]:
 
 
 def _first_task(src: Source, read: Sequence[str]) -> str:
-    """The task that the labels of the first split are for; its rows are kept for the reading proper."""
+    """The task that the rows of the first split are for; they are kept for the reading proper."""
     if not read:
         return SINGLE
     rows = src.rows[read[0]] = list(src.rows[read[0]])
-    return inferred_task([row.label for row in rows])
+    return TOKEN if src.choice.tagged else inferred_task([row.text for row in rows], [row.label for row in rows])
 
 
 def _named_sets(src: Source, checked: dict[str, _Checked], label_names: list[str] | None) -> dict[str, _Checked]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import re
 from dataclasses import asdict, dataclass
@@ -14,13 +16,16 @@ from transformers import PreTrainedModel
 
 from ._files import write_json
 from .config import DEVICES
-from .data import SPLITS, Split, load_data, read_texts
+from .data import SPLITS, Split, load_data, read_texts, split_of
 from .errors import ConfigError, DataError, listed
 from .fitting import FEWEST_ROWS, figures, fit
 from .load import by_length, device_of, load_classifier, tokenise
 from .measure import report_of, run_policy, time_policy
 from .policy.baselines import DensePolicy
 from .train import Say, claim_folder, save_run
+
+FITTED = "fitted.json"
+"""In the folder of a fit: digests of the texts that it was fitted on."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def fit_run(settings: FitSettings, *, overwrite: bool = False, say: Say = lambda
     claim_folder(settings.out, overwrite)
     say(f"fitting exits and policy on {len(data.fit)} texts; the weights stay as they are")
     fitted = fit(
-        model, tokenizer, data.fit.texts, data.fit.labels if data.fit_labelled else None, budget=settings.budget,
+        model, tokenizer, data.fit.inputs, data.fit.labels if data.fit_labelled else None, budget=settings.budget,
         max_length=settings.max_length, batch_size=settings.batch_size, seed=settings.seed, device=device,
     )  # fmt: skip
     fitted.model.config.id2label = dict(enumerate(data.label_names))
@@ -130,8 +135,22 @@ def fit_run(settings: FitSettings, *, overwrite: bool = False, say: Say = lambda
     if not labelled:
         report |= dict.fromkeys(("accuracy", "macro_f1", "dense_accuracy", "full_depth_accuracy"))
     write_json(settings.out / "run.json", asdict(settings))
+    write_json(settings.out / FITTED, sorted({_digest(key) for key in data.fit.keys}))
     save_run(settings.out, fitted.model, tokenizer, report)
     return report
+
+
+def fitted_on(folder: Path, split: Split) -> list[int]:
+    """The rows of `split` whose texts `dht fit` used for the run in `folder`; none if it is no such run."""
+    try:
+        known = set(json.loads((folder / FITTED).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return []
+    return [row for row, key in enumerate(split.keys) if _digest(key) in known]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _rows(settings: FitSettings, model: PreTrainedModel, say: Say) -> _Rows:
@@ -149,10 +168,8 @@ def _rows(settings: FitSettings, model: PreTrainedModel, say: Say) -> _Rows:
                 f"--data: {settings.data} is a file; give a data folder, or add --unlabelled if it holds a text a line"
             )
         texts = list(read_texts(settings.data, text_column=settings.text_column))
-        single = [text for text in texts if isinstance(text, str)]
-        if len(single) < len(texts):
-            raise DataError(f"--data: {settings.data} holds sentence pairs; dht fit takes single texts so far")
-        pool, name, labelled = Split(single, [0] * len(single)), settings.data, False
+        pool = split_of(texts, [0] * len(texts), f"--data: {settings.data}")
+        name, labelled = settings.data, False
     else:
         # A classifier whose classes have no names of their own takes those of the data, in order.
         generic = all(re.fullmatch(r"LABEL_\d+", label) for label in names)
@@ -167,19 +184,13 @@ def _rows(settings: FitSettings, model: PreTrainedModel, say: Say) -> _Rows:
         if generic:
             say(f"the model's classes have no names; taken for those of the data, in order: {listed(data.label_names)}")
         pool, test, names, name = getattr(data, settings.split), data.test, data.label_names, data.name
-        if pool.pairs is not None:
-            raise DataError(f"--data: {settings.data} holds sentence pairs; dht fit takes single texts so far")
     chosen = random.Random(settings.seed).sample(range(len(pool)), min(settings.rows or len(pool), len(pool)))
     taken = set(chosen)
     left = [i for i in range(len(pool)) if i not in taken]
     measure, where = test, "test"
     if test is None or settings.split == "test":
-        measure = _picked(pool, left) if len(left) >= FEWEST_ROWS else None
+        measure = pool.rows(left) if len(left) >= FEWEST_ROWS else None
         where = "rows left over" if measure else "fit rows, cross-fitted"
     return _Rows(
-        _picked(pool, chosen), labelled and not settings.unlabelled, measure, labelled, where, names, name
+        pool.rows(chosen), labelled and not settings.unlabelled, measure, labelled, where, names, name
     )  # fmt: skip
-
-
-def _picked(split: Split, rows: list[int]) -> Split:
-    return Split([split.texts[i] for i in rows], [split.labels[i] for i in rows])

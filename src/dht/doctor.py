@@ -63,8 +63,12 @@ def examine(dtype: str = "float32") -> dict[str, Any]:
     """
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype: got {dtype!r}, allowed: {', '.join(DTYPES)}")
+    import torch
+
     found: dict[str, Any] = {
-        "versions": {"dht": __version__, "python": platform.python_version()} | {name: _version(name) for name in CORE},
+        "versions": {"dht": __version__, "python": platform.python_version()}
+        | {name: _version(name) for name in CORE}
+        | {"torch": str(torch.__version__)},  # with the build, such as +cpu
         "extras": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
         "system": platform.platform(),
         "cpu": _cpu(),

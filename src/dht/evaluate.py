@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from .config import DTYPES
-from .data import load_data
+from .data import Split, load_data
+from .dial import fitted_on
 from .embed import with_embeddings
 from .errors import ConfigError, DataError
+from .fitting import FEWEST_ROWS
 from .load import by_length, check_budget, load_run, teacher_of, tokenise
 from .measure import report_of, run_policy, time_policy
 from .rivals import rival
@@ -73,13 +75,20 @@ def evaluate(
     if isinstance(model.task, Embedding):
         loaded = with_embeddings(loaded, teacher_of(folder, model), tokenizer, max_length)
 
-    def batches(name: str) -> list[dict[str, torch.Tensor]]:
-        return by_length(tokenizer, tokenise(tokenizer, getattr(loaded, name), max_length), batch_size)[0]
+    def batches(rows: Split) -> list[dict[str, torch.Tensor]]:
+        return by_length(tokenizer, tokenise(tokenizer, rows, max_length), batch_size)[0]
 
-    if matched and loaded.validation is None:
-        raise DataError(f"--policy {policy}: needs a validation split in {data} to match the budget {budget:g} on")
-    rows = batches(split)
-    chosen = rival(policy, model, budget, batches("validation") if matched else [])
+    measured: Split = getattr(loaded, split)
+    fitted = len(fitted_on(folder, measured))
+    if fitted:
+        say(f"{fitted} of the {len(measured)} {split} texts are those that dht fit was fitted on")
+    calibration: list[dict[str, torch.Tensor]] = []
+    if matched:
+        if loaded.validation is None:
+            raise DataError(f"--policy {policy}: needs a validation split in {data} to match the budget {budget:g} on")
+        calibration = batches(_unseen(folder, loaded.validation, say))
+    rows = batches(measured)
+    chosen = rival(policy, model, budget, calibration)
     chosen.to(model.device)
     torch_dtype = getattr(torch, dtype)
     outcome = run_policy(model, rows, chosen, dtype=torch_dtype)
@@ -90,3 +99,15 @@ def evaluate(
         batch_size=batch_size, dtype=dtype, threads=torch.get_num_threads(), torch=torch.__version__, data=loaded.name,
         ffn=model.config.ffn,
     )  # fmt: skip
+
+
+def _unseen(folder: Path, validation: Split, say: Callable[[str], None]) -> Split:
+    """The rows to match a rival on: not those that exits were fitted to, which are surer of them than of others."""
+    seen = set(fitted_on(folder, validation))
+    if len(validation) - len(seen) >= FEWEST_ROWS or not seen:
+        return validation.rows(row for row in range(len(validation)) if row not in seen)
+    say(
+        f"matched on validation, {len(seen)} of whose {len(validation)} texts dht fit was fitted on: on other texts "
+        "the policy will spend more than the budget"
+    )
+    return validation

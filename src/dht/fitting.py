@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .curve import keep_curve
-from .data import Split
+from .data import Text, split_of
 from .errors import DataError, DHTError, listed, shown
 from .exits import fit_exits, lent
 from .hf.convert import convert
@@ -112,7 +112,7 @@ def figures(outcome: Outcome, full: Outcome, labelled: bool) -> dict[str, float]
 def fit(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     labels: Sequence[int | str] | None = None,
     *,
     budget: float = 0.5,
@@ -129,7 +129,8 @@ def fit(
     Args:
         model: a `transformers` sequence classifier of one of the families, or a dynamic one; it is not changed.
         tokenizer: that of `model`.
-        texts: `FEWEST_ROWS` or more; a few hundred are enough. Better not those that `model` was trained on.
+        texts: `FEWEST_ROWS` or more, all single or all pairs; a few hundred are enough. Better not those that `model`
+            was trained on.
         labels: a class index or name for each text; None = accuracy stays unknown. Nothing is fitted to them.
         budget: fraction of dense FLOPs that the model serves until it is told otherwise, in (0, 1].
         max_length: tokens that a text is cut to.
@@ -145,7 +146,7 @@ def fit(
     dynamic = _depth_only(model, budget, seed)
     classes = _indices(texts, labels, dynamic.config.label_names)
     cast(nn.Module, dynamic).to(device or model.device).eval()
-    rows = tokenise(tokenizer, Split(list(texts), classes), max_length)
+    rows = tokenise(tokenizer, split_of(texts, classes, "texts"), max_length)
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     folds = [by_length(tokenizer, [rows[i] for i in order[k::FOLDS]], batch_size)[0] for k in range(FOLDS)]
     folds = [[{name: x.to(dynamic.device) for name, x in batch.items()} for batch in fold] for fold in folds]
@@ -175,7 +176,8 @@ def _pay(fitted: Fit) -> None:
     for exits, batches in zip(fitted.exits, fitted.folds, strict=True):
         with lent(model.encoder, exits):
             for batch in batches:
-                trace = model(batch["input_ids"], batch["attention_mask"], mode="probe").trace
+                inputs = {name: part for name, part in batch.items() if name != "labels"}
+                trace = model(**inputs, mode="probe").trace
                 answers = trace.exit_table()[0][:, -1].argmax(-1)
                 model.policy.observe(trace, quality(trace, answers, model.task))
                 model.policy.finish_step()
@@ -222,7 +224,7 @@ def _depth_only(model: PreTrainedModel, budget: float, seed: int) -> DHTForSeque
     return dynamic
 
 
-def _indices(texts: Sequence[str], labels: Sequence[int | str] | None, names: dict[int, str]) -> list[int]:
+def _indices(texts: Sequence[Text], labels: Sequence[int | str] | None, names: dict[int, str]) -> list[int]:
     """The class index of every text; zeros where there are no labels.
 
     Raises:
@@ -232,8 +234,9 @@ def _indices(texts: Sequence[str], labels: Sequence[int | str] | None, names: di
         count = 1 if isinstance(texts, str) else len(texts)
         raise DataError(f"texts: got {count}, a dial needs {FEWEST_ROWS} or more (a few hundred are better)")
     for i, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(f"texts: number {i} is {shown(text)}; allowed: strings with something in them")
+        parts = text if isinstance(text, tuple) and len(text) == 2 else (text,)
+        if not all(isinstance(part, str) and part.strip() for part in parts):
+            raise DataError(f"texts: number {i} is {shown(text)}; allowed: strings with something in them, or pairs")
     if labels is None:
         return [0] * len(texts)
     if len(labels) != len(texts):

@@ -258,6 +258,15 @@ def told_of(folder: str | Path, name: str) -> Any:
         raise CheckpointError(f"{path}: does not say the run's {name} ({error})") from error
 
 
+def all_told_of(folder: str | Path) -> dict[str, Any]:
+    """All settings that the run in `folder` was told; none if it does not say."""
+    try:
+        told = json.loads((Path(folder) / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
 def data_of(folder: str | Path) -> str:
     """The data that the run in `folder` was trained on.
 

@@ -1,4 +1,4 @@
-"""`DHTClassifier`: a dynamic text classifier as a scikit-learn estimator."""
+"""`DHTClassifier` and `DHTRegressor`: dynamic models of texts as scikit-learn estimators."""
 
 from __future__ import annotations
 
@@ -6,64 +6,46 @@ import contextlib
 import json
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import SaveStrategy
 
+from ._estimator_input import as_classes, as_numbers, as_texts
 from ._extras import optional
 from ._files import write_json
-from ._rows import clean_text
+from ._labels import MULTI, NUMBER_NAME, REGRESSION, SINGLE
 from .config import TrainSettings
-from .data import VALIDATION_FRACTION, Split, Text, TextData, cut_validation
+from .data import VALIDATION_FRACTION, TextData, cut_validation, split_of
 from .errors import CheckpointError, DataError
+from .hf.modeling import DHTForSequenceClassification
 from .load import by_length, check_budget, load_run
 from .plan import Trace
 from .predict import encode_mixed
-from .task import SingleLabel
 from .train import dynamic_trainer, fit, save_run
 
 optional("sklearn", "sklearn", "dht.sklearn")
-from sklearn.base import BaseEstimator, ClassifierMixin  # noqa: E402
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin  # noqa: E402
 from sklearn.utils.validation import check_is_fitted  # noqa: E402
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["DHTClassifier"]
+__all__ = ["DHTClassifier", "DHTRegressor"]
 
 STATE_FILE = "sklearn.json"
 
 
-class DHTClassifier(ClassifierMixin, BaseEstimator):
-    """Texts in, classes out; trained as `dht train` does, on a part of the rows that is held out for the policy.
+class _DynamicEstimator(BaseEstimator):
+    """What both estimators share: parameters, training on a part of the rows, saving, and what a text takes."""
 
-    X is a sequence of texts, or of pairs of texts. `budget` may be changed after fitting (`set_params(budget=0.5)`):
-    the same weights then spend more or less.
-
-    Args:
-        model: embedded name, folder or Hub id of an encoder, or a preset, as for `dht train`.
-        budget: target mean FLOPs as a fraction of the dense model's, in (0, 1].
-        search, ffn, epochs, batch_size, lr, max_length, device, dtype: as for `dht train`.
-        class_weight: None, or "balanced": every class counts alike in the loss.
-        validation_fraction: share of each class that is held out of the weights' training; the policy learns from it.
-        random_state: seed of data order, initial heads and exploration. The global generators are left as they were.
-        verbose: 0 = silent, 1 = the progress bar of training.
-
-    Attributes:
-        classes_: [C], the labels seen in `fit`, sorted.
-        model_, tokenizer_: the trained model, its policy included, and its tokenizer.
-        report_: train_flops_fraction and train_seconds.
-
-    Example:
-        >>> from dht.sklearn import DHTClassifier
-        >>> DHTClassifier(model="preset:tiny", budget=0.4).get_params()["budget"]
-        0.4
-    """
+    _tasks: ClassVar[tuple[str, ...]] = ()
+    _answers: ClassVar[str] = ""
 
     def __init__(
         self,
@@ -78,57 +60,14 @@ class DHTClassifier(ClassifierMixin, BaseEstimator):
         max_length: int = 128,
         device: str = "auto",
         dtype: str = "float32",
-        class_weight: str | None = None,
         validation_fraction: float = VALIDATION_FRACTION,
         random_state: int = 0,
         verbose: int = 0,
     ) -> None:
         self.model, self.budget, self.search, self.ffn = model, budget, search, ffn
         self.epochs, self.batch_size, self.lr, self.max_length = epochs, batch_size, lr, max_length
-        self.device, self.dtype, self.class_weight = device, dtype, class_weight
+        self.device, self.dtype = device, dtype
         self.validation_fraction, self.random_state, self.verbose = validation_fraction, random_state, verbose
-
-    def fit(self, X: Any, y: Any) -> DHTClassifier:
-        """Trains on texts `X` [n] and labels `y` [n]: strings, integers or booleans.
-
-        Raises:
-            DHTError: a text, a label or a parameter that cannot be used.
-        """
-        texts = _texts(X)
-        labels = np.asarray(y)
-        if labels.shape != (len(texts),):
-            raise DataError(f"y: got shape {labels.shape}, expected ({len(texts)},), one label a text of X")
-        if labels.dtype.kind not in "OUSiub":
-            raise DataError(f"y: got labels of type {labels.dtype}; allowed: strings, integers or booleans")
-        if not 0.0 < self.validation_fraction < 1.0:
-            raise DataError(f"validation_fraction: got {self.validation_fraction}, allowed: a number in (0, 1)")
-        if not isinstance(self.random_state, int | np.integer):
-            raise DataError(f"random_state: got {self.random_state!r}, allowed: an integer")
-        try:
-            classes, indices = np.unique(labels, return_inverse=True)
-        except TypeError as error:
-            raise DataError(f"y: labels of several types ({error}); use strings or integers throughout") from None
-        if len(classes) < 2:
-            raise DataError(f"y: all {len(labels)} labels are the same; training needs two classes or more")
-        whole = _split(texts, indices.tolist())
-        train, held_out = cut_validation(whole, self.random_state, "X", self.validation_fraction)
-        data = TextData("X", train, held_out, None, [str(label) for label in classes])
-        with tempfile.TemporaryDirectory() as scratch, _generators_kept():
-            fitted = fit(self._settings(Path(scratch) / "run"), data=data, make=self._trainer)
-        self.classes_ = classes
-        self.model_, self.tokenizer_ = fitted.model.eval(), fitted.tokenizer
-        self.report_ = fitted.report
-        return self
-
-    def predict(self, X: Any) -> NDArray[Any]:
-        """The class of each text, [n]."""
-        probabilities = self.predict_proba(X)
-        chosen: NDArray[Any] = self.classes_[probabilities.argmax(-1)]
-        return chosen
-
-    def predict_proba(self, X: Any) -> NDArray[Any]:
-        """The probability of each class for each text, float64 [n, C], in the order of `classes_`."""
-        return self._run(X)[0]
 
     def spent(self, X: Any) -> tuple[NDArray[Any], NDArray[Any]]:
         """What each text takes: layers run, int64 [n], and FLOPs as a fraction of the dense model's, float64 [n]."""
@@ -142,34 +81,32 @@ class DHTClassifier(ClassifierMixin, BaseEstimator):
         """
         check_is_fitted(self, "model_")
         save_run(Path(folder), self.model_, self.tokenizer_, self.report_)
-        state = {"params": self.get_params(), "classes": self.classes_.tolist(), "dtype": self.classes_.dtype.str}
-        write_json(Path(folder) / STATE_FILE, state)
+        write_json(Path(folder) / STATE_FILE, {"params": self.get_params(), **self._learned()})
 
     @classmethod
-    def load(cls, folder: str | Path) -> DHTClassifier:
+    def load(cls, folder: str | Path) -> Self:
         """The estimator that `save` wrote, or one around a run of `dht train`; nothing is unpickled.
 
         Raises:
             CheckpointError: the folder holds neither.
         """
         model, tokenizer = load_run(folder)
-        if not isinstance(model.task, SingleLabel):
-            raise CheckpointError(f"{folder}: a model for {model.task.name}; DHTClassifier gives every text one class")
+        if model.task.name not in cls._tasks:
+            raise CheckpointError(
+                f"{folder}: a model for {model.task.name}; {cls.__name__} gives every text {cls._answers}"
+            )
         path = Path(folder) / STATE_FILE
-        names = [model.config.label_names[index] for index in range(len(model.config.label_names))]
-        state: dict[str, Any] = {"params": {"budget": model.config.budget}, "classes": names, "dtype": "O"}
+        state: dict[str, Any] = {"params": {"budget": model.config.budget}}
         try:
             state |= _read(path)
             if not path.is_file():  # a run of `dht train`, which says what it was told
                 told = _read(path.with_name("run.json"))
                 state["params"] = {name: told[name] for name in cls().get_params() if name in told}
             estimator = cls(**state["params"])
-            estimator.classes_ = np.array(state["classes"], dtype=np.dtype(state["dtype"]))
+            estimator._learn(state, model)
             estimator.report_ = _read(path.with_name("report.json"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error}); save the estimator again") from None
-        if estimator.classes_.shape != (len(names),):
-            raise CheckpointError(f"{path}: {estimator.classes_.size} classes, but the model has {len(names)}")
         if estimator.device == "cpu":
             model.cpu()
         estimator.model_, estimator.tokenizer_ = model, tokenizer
@@ -198,12 +135,31 @@ class DHTClassifier(ClassifierMixin, BaseEstimator):
         tags.input_tags.one_d_array, tags.input_tags.two_d_array, tags.input_tags.string = True, False, True
         return tags
 
+    def _learned(self) -> dict[str, Any]:
+        """What `save` keeps beside the model, as JSON has it."""
+        return {}
+
+    def _learn(self, state: dict[str, Any], model: DHTForSequenceClassification) -> None:
+        """Takes up what `_learned` said; a run of `dht train` has said nothing."""
+
+    def _fit(self, X: Any, labels: list[Any], names: list[str], task: str) -> None:
+        if not 0.0 < self.validation_fraction < 1.0:
+            raise DataError(f"validation_fraction: got {self.validation_fraction}, allowed: a number in (0, 1)")
+        if not isinstance(self.random_state, int | np.integer):
+            raise DataError(f"random_state: got {self.random_state!r}, allowed: an integer")
+        whole = split_of(X, labels, "X")
+        train, held_out = cut_validation(whole, self.random_state, "X", self.validation_fraction)
+        data = TextData("X", train, held_out, None, names, task=task)
+        with tempfile.TemporaryDirectory() as scratch, _generators_kept():
+            fitted = fit(self._settings(Path(scratch) / "run"), data=data, make=self._trainer)
+        self.model_, self.tokenizer_ = fitted.model.eval(), fitted.tokenizer
+        self.report_ = fitted.report
+
     def _settings(self, out: Path) -> TrainSettings:
         return TrainSettings(
             data="X", model=self.model, out=out, budget=self.budget, search=self.search, ffn=self.ffn,
             epochs=self.epochs, seed=int(self.random_state), batch_size=self.batch_size, lr=self.lr,
             max_length=self.max_length, device=self.device, dtype=self.dtype,
-            class_weights=self.class_weight or "none",
         )  # fmt: skip
 
     def _trainer(self, *args: Any) -> Trainer:
@@ -216,9 +172,9 @@ class DHTClassifier(ClassifierMixin, BaseEstimator):
         return trainer
 
     def _run(self, X: Any) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        """Probabilities, layers and FLOPs fractions of `X`, batches of like length at a time."""
+        """Logits (float64), layers and FLOPs fractions of `X`, batches of like length at a time."""
         check_is_fitted(self, "model_")
-        texts = _texts(X)
+        texts = as_texts(X)
         self.model_.policy.set_budget(check_budget(self.budget))
         rows = encode_mixed(self.tokenizer_, texts, self.max_length)
         batches, order = by_length(self.tokenizer_, rows, self.batch_size)
@@ -227,47 +183,141 @@ class DHTClassifier(ClassifierMixin, BaseEstimator):
             with torch.inference_mode():
                 trace: Trace = self.model_(**{name: part.to(self.model_.device) for name, part in batch.items()}).trace
             fraction = trace.flops / trace.dense_flops
-            found.append([part.cpu().numpy() for part in (trace.logits.double().softmax(-1), trace.layers, fraction)])
+            found.append([part.cpu().numpy() for part in (trace.logits.double(), trace.layers, fraction)])
         back = np.argsort(order)
-        probabilities, layers, fractions = (np.concatenate(column)[back] for column in zip(*found, strict=True))
-        return probabilities, layers, fractions
+        logits, layers, fractions = (np.concatenate(column)[back] for column in zip(*found, strict=True))
+        return logits, layers, fractions
+
+
+class DHTClassifier(ClassifierMixin, _DynamicEstimator):
+    """Texts in, classes out; trained as `dht train` does, on a part of the rows that is held out for the policy.
+
+    X is a sequence of texts, or of pairs of texts; y holds a class a row, or several as a matrix of 0 and 1. `budget`
+    may be changed after fitting (`set_params(budget=0.5)`): the same weights then spend more or less.
+
+    Args:
+        model: embedded name, folder or Hub id of an encoder, or a preset, as for `dht train`.
+        budget: target mean FLOPs as a fraction of the dense model's, in (0, 1].
+        search, ffn, epochs, batch_size, lr, max_length, device, dtype: as for `dht train`.
+        class_weight: None, or "balanced": every class counts alike in the loss (with one class a row).
+        validation_fraction: share of each class that is held out of the weights' training; the policy learns from it.
+        random_state: seed of data order, initial heads and exploration. The global generators are left as they were.
+        verbose: 0 = silent, 1 = the progress bar of training.
+
+    Attributes:
+        classes_: [C], the labels seen in `fit`, sorted; of a matrix, the numbers of its columns.
+        multilabel_: True if a row has any number of them.
+        model_, tokenizer_: the trained model, its policy included, and its tokenizer.
+        report_: train_flops_fraction and train_seconds.
+
+    Example:
+        >>> from dht.sklearn import DHTClassifier
+        >>> DHTClassifier(model="preset:tiny", budget=0.4).get_params()["budget"]
+        0.4
+    """
+
+    _tasks = (SINGLE, MULTI)
+    _answers = "one class, or any number of them"
+
+    def __init__(
+        self,
+        model: str = "minilm",
+        *,
+        budget: float = 0.26,
+        search: str = "tree",
+        ffn: str = "coupled",
+        epochs: float = 3.0,
+        batch_size: int = 32,
+        lr: float = 1e-4,
+        max_length: int = 128,
+        device: str = "auto",
+        dtype: str = "float32",
+        class_weight: str | None = None,
+        validation_fraction: float = VALIDATION_FRACTION,
+        random_state: int = 0,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(
+            model, budget=budget, search=search, ffn=ffn, epochs=epochs, batch_size=batch_size, lr=lr,
+            max_length=max_length, device=device, dtype=dtype, validation_fraction=validation_fraction,
+            random_state=random_state, verbose=verbose,
+        )  # fmt: skip
+        self.class_weight = class_weight
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Trains on texts `X` [n] and labels `y`: [n] strings, integers or booleans, or [n, C] of 0 and 1.
+
+        Raises:
+            DHTError: a text, a label or a parameter that cannot be used.
+        """
+        texts = as_texts(X)
+        classes, labels = as_classes(y, len(texts))
+        several = isinstance(labels[0], list)
+        self._fit(texts, labels, [str(label) for label in classes], MULTI if several else SINGLE)
+        self.classes_, self.multilabel_ = classes, several
+        return self
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """The class of each text, [n]; with several a row int64 [n, C], 1 where a text has the class."""
+        logits = self._run(X)[0]
+        chosen: NDArray[Any] = (logits > 0).astype(np.int64) if self.multilabel_ else self.classes_[logits.argmax(-1)]
+        return chosen
+
+    def predict_proba(self, X: Any) -> NDArray[Any]:
+        """The probability of each class for each text, float64 [n, C], in the order of `classes_`."""
+        logits = torch.from_numpy(self._run(X)[0])
+        probabilities: NDArray[Any] = (logits.sigmoid() if self.multilabel_ else logits.softmax(-1)).numpy()
+        return probabilities
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
+        return tags
+
+    def _settings(self, out: Path) -> TrainSettings:
+        return replace(super()._settings(out), class_weights=self.class_weight or "none")
+
+    def _learned(self) -> dict[str, Any]:
+        return {"classes": self.classes_.tolist(), "dtype": self.classes_.dtype.str}
+
+    def _learn(self, state: dict[str, Any], model: DHTForSequenceClassification) -> None:
+        names = [model.config.label_names[i] for i in range(len(model.config.label_names))]
+        self.multilabel_ = model.task.name == MULTI
+        self.classes_ = np.array(state.get("classes", names), dtype=np.dtype(state.get("dtype", "O")))
+        if self.classes_.shape != (len(names),):
+            raise ValueError(f"{self.classes_.size} classes, but the model has {len(names)}")
+
+
+class DHTRegressor(RegressorMixin, _DynamicEstimator):
+    """Texts in, numbers out; everything else, parameters included, as in `DHTClassifier`, with no classes to weigh.
+
+    Attributes:
+        model_, tokenizer_, report_: as there.
+    """
+
+    _tasks = (REGRESSION,)
+    _answers = "a number"
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Trains on texts `X` [n] and numbers `y` [n].
+
+        Raises:
+            DHTError: a text, a number or a parameter that cannot be used.
+        """
+        texts = as_texts(X)
+        self._fit(texts, as_numbers(y, len(texts)), [NUMBER_NAME], REGRESSION)
+        return self
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """The number of each text, float64 [n], in the unit of `y`."""
+        numbers: NDArray[Any] = self._run(X)[0][:, 0]
+        return numbers
 
 
 def _read(path: Path) -> dict[str, Any]:
     """The JSON object in a file; an empty one if there is no such file."""
     kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return kept
-
-
-def _texts(X: Any) -> list[Text]:
-    """The texts or pairs in `X`: a list, an array, a Series, or a table of one column, or of two for pairs.
-
-    Raises:
-        DataError: something else, or nothing.
-    """
-    if isinstance(X, str):
-        raise DataError("X: got one string; give a list of texts")
-    values = X.to_numpy() if hasattr(X, "to_numpy") else X
-    rows = values.tolist() if hasattr(values, "tolist") else list(values)
-    if not rows:
-        raise DataError("X: no texts; give at least one")
-    texts: list[Text] = []
-    for number, row in enumerate(rows):
-        parts = list(row) if isinstance(row, list | tuple) else [row]
-        cleaned = [clean_text(part, f"X row {number}") for part in parts]
-        if len(cleaned) not in (1, 2):
-            raise DataError(f"X row {number}: got {len(cleaned)} values; allowed: a text, or two for a pair")
-        texts.append(cleaned[0] if len(cleaned) == 1 else (cleaned[0], cleaned[1]))
-    return texts
-
-
-def _split(texts: Sequence[Text], labels: list[int]) -> Split:
-    singles = [text for text in texts if isinstance(text, str)]
-    if len(singles) == len(texts):
-        return Split(singles, labels)
-    if singles:
-        raise DataError(f"X: {len(singles)} single texts among {len(texts) - len(singles)} pairs; give one kind")
-    return Split([text[0] for text in texts], labels, [text[1] for text in texts])
 
 
 @contextlib.contextmanager

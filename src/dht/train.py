@@ -34,7 +34,7 @@ from .guarded import GuardedTrainer
 from .hf.card import CARD, write_card
 from .hf.convert import FAMILIES, export
 from .hf.modeling import DHTForSequenceClassification
-from .load import PRESETS, build, by_length, collate, device_of, tokenise
+from .load import PRESETS, all_told_of, build, by_length, collate, device_of, tokenise
 from .manifest import MANIFEST, MODEL_FILES, TOKENIZER_FILES, write_manifest
 from .measure import autocast, report_of, run_policy, split_labels, time_policy
 from .policy.baselines import DensePolicy
@@ -145,6 +145,7 @@ def fit(
         start, problems = newest_whole(checkpoints)
         for problem in problems:
             say(f"{problem}; an earlier checkpoint is whole")
+        settings.check_resumed(all_told_of(settings.out))
     wait()  # every rank has found the checkpoint
     if not rank():
         if start:
@@ -245,7 +246,7 @@ def claim_folder(out: Path, overwrite: bool) -> None:
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise DHTError(f"--out: {out} already holds files; give another folder, --resume to go on, or --overwrite")
-        files = ("report.json", "history.json", "run.json", CARD, "model.safetensors", "config.json")
+        files = ("report.json", "history.json", "run.json", "fitted.json", CARD, "model.safetensors", "config.json")
         for name in (MANIFEST, "checkpoints", *files):
             path = out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -169,7 +169,7 @@ def training(
 
     dense = DensePolicy(model.config.num_attention_heads).to(model.device)
     contenders = [Contender("dense", step(lambda index, turn: dense))]
-    if plain is not None:
+    if plain is not None and model.config.head != "embedding":  # no loss without a head there
         plain = copy.deepcopy(plain).train()
         contenders.insert(0, Contender("transformers", _plain_step(plain, halves, model.device, dtype)))
     return contenders, step

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .._labels import IGNORED
 from ..data import TextData
 from ..load import collate, tokenise
 from .settings import MIX
@@ -39,8 +40,12 @@ class Rows:
         random.Random(seed).shuffle(self.rows)
         first = self.rows[0]["input_ids"]
         self.edge = (first[0], first[-1])
-        # Real words at every length: the texts' tokens end to end, without what the tokenizer puts around a text.
-        self.stream = [token for row in self.rows for token in row["input_ids"][1:-1]] or [first[0]]
+        # Real words at every length: the texts' tokens end to end, without what the tokenizer puts around a text; each
+        # with its tag, where the model gives tags.
+        untagged = [IGNORED] * longest
+        pairs = ((row["input_ids"], row.get("tags", untagged)) for row in self.rows)
+        self.stream = [both for ids, tags in pairs for both in zip(ids[1:-1], tags[1:], strict=False)]
+        self.stream = self.stream or [(first[0], IGNORED)]
 
     def batches(self, batch: int, tokens: int | str) -> list[Batch]:
         """The batches of one cell: 12 of one row, else about `TIMED_ROWS` rows and at least one batch."""
@@ -59,8 +64,10 @@ class Rows:
         for i, length in enumerate(lengths):
             inner = stream[at : at + length - 2]
             at += length - 2
-            label = self.rows[i % len(self.rows)]["labels"]
-            rows.append({"input_ids": [self.edge[0], *inner, self.edge[1]], "labels": label})
+            row = {"input_ids": [self.edge[0], *(token for token, _ in inner), self.edge[1]]}
+            like = self.rows[i % len(self.rows)]
+            tags = [IGNORED, *(tag for _, tag in inner), IGNORED]
+            rows.append(row | ({"tags": tags} if "tags" in like else {"labels": like["labels"]}))
         return rows
 
     def _mix(self, count: int) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from ..errors import DHTError
 from ..hf.convert import convert
 from ..hf.modeling import DHTForSequenceClassification
 from ..load import build, data_of, load_run
+from ..task import Embedding
 from .inputs import Rows
 from .settings import MIX, BenchSettings, short_name
 
@@ -51,10 +52,10 @@ def load_subject(name: str, settings: BenchSettings, device: torch.device) -> Su
     tokenizer: PreTrainedTokenizerBase
     if learned:
         model, tokenizer = load_run(name, str(device))
-        if model.tags:
-            raise DHTError(f"--model: {name} tags tokens; bench times models with one answer a text")
         labels = [model.config.label_names[i] for i in range(len(model.config.label_names))]
         data = _load(source, settings, labels, model.task.name)
+        if isinstance(model.task, Embedding):
+            data = _with_directions(data, model.config.hidden_size, settings.seed)
     else:
         data = _load(source, settings, None)
         torch.manual_seed(settings.seed)
@@ -73,6 +74,16 @@ def load_subject(name: str, settings: BenchSettings, device: torch.device) -> Su
     if asked_for > longest:
         raise DHTError(f"--tokens: got {asked_for}, but {name} takes at most {longest}")
     return Subject(short_name(name), model, Rows(tokenizer, data, min(longest, 128), settings.seed), learned)
+
+
+def _with_directions(data: TextData, width: int, seed: int) -> TextData:
+    """The data with random vectors for labels: what a step costs does not depend on what it learns."""
+    drawn = torch.Generator().manual_seed(seed)
+    splits = {name: getattr(data, name) for name in SPLITS}
+    return replace(data, **{
+        name: replace(split, labels=list(torch.randn(len(split), width, generator=drawn).unbind()))
+        for name, split in splits.items() if split is not None
+    })  # fmt: skip
 
 
 def _is_run(folder: Path) -> bool:

@@ -59,16 +59,16 @@ class Padded(Packed):
         return (self.states * keep).sum(1) / keep.sum(1)
 
     def attended(self, scores: Tensor) -> Tensor:
-        padded = self._padded(scores.float())
+        padded = self.padded(scores.float())
         weight = padded.masked_fill(~self.attention_mask.bool()[..., None], -torch.inf).softmax(1)
         tokens = self.states.unflatten(-1, (weight.shape[-1], -1))
         pooled: Tensor = (tokens * weight.to(tokens.dtype)[..., None]).sum(1).flatten(1)
         return pooled
 
     def with_hidden(self, hidden: Tensor) -> Padded:
-        return Padded(self._padded(hidden), self.attention_mask)
+        return Padded(self.padded(hidden), self.attention_mask)
 
-    def _padded(self, values: Tensor) -> Tensor:
+    def padded(self, values: Tensor) -> Tensor:
         """[B, T, size] of `values` [B * T, size]; all three sizes given, so that a trace infers none of them."""
         batch, tokens = self.attention_mask.shape
         return values.view(batch, tokens, values.shape[-1])
@@ -113,7 +113,7 @@ class LayerGraph(nn.Module):
         self.head = _Exit(encoder, layer) if reads else None
 
     def forward(self, states: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        """States [B, T, D] after the layer, and the exit's logits [B, C] if the graph reads them."""
+        """States [B, T, D] after the layer; if the graph reads it, also the exit's logits, [B, C] or [B, T, C]."""
         rows = Padded(states, attention_mask)
         bias = None if self.position_bias is None else self.position_bias(rows.max_length)
         if bias is not None and self.units is not None:
@@ -136,7 +136,7 @@ class PlanGraph(nn.Module):
         self.layers = nn.ModuleList(LayerGraph(encoder, n + 1, units[n], n + 1 == depth) for n in range(depth))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        """Logits [B, C]."""
+        """Logits [B, C]; of a tagger [B, T, C], which mean nothing where there is no token."""
         found: tuple[Tensor, ...] = (self.embeddings(input_ids, attention_mask, token_type_ids),)
         for layer in self.layers:
             found = layer(found[0], attention_mask)
@@ -149,11 +149,11 @@ class _Exit(nn.Module):
     def __init__(self, encoder: Encoder, layer: int) -> None:
         super().__init__()
         self.layer, self.pool = layer, encoder.pool
-        self.head, self.final_norm = encoder.exits[layer - 1], encoder.final_norm
+        self.head, self.final_norm, self.tags = encoder.exits[layer - 1], encoder.final_norm, encoder.tags
 
-    def forward(self, rows: Packed) -> Tensor:
+    def forward(self, rows: Padded) -> Tensor:
         logits: Tensor = self.head(self.pool(self.layer, rows))
-        return logits
+        return rows.padded(logits) if self.tags else logits
 
 
 def _narrowed(block: Block, units: Tensor) -> Block:

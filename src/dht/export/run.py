@@ -44,8 +44,6 @@ def export(
     if out.is_dir() and out.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise DHTError(f"--out: {out} holds the run itself; give another place")
     model, tokenizer = load_run(folder, "cpu")
-    if model.tags and format != "transformers":
-        raise DHTError(f"--format {format}: the model tags tokens, and only --format transformers writes taggers")
     types = "token_type_ids" in tokenizer.model_input_names and model.config.type_vocab_size > 1
     report: dict[str, Any] = {"format": format, "out": str(out)}
     if format == "transformers":
