@@ -35,7 +35,8 @@ ANY_JSON = st.recursive(
     max_leaves=6,
 )
 LABELS = st.sampled_from([0, 1, "a", "b", "0", "1", -1, True, None, 1.5, "", "\ud800"]) | ANY_JSON
-OTHER_TASKS = ("multi", "regression", "embedding", "auto")
+OTHER_TASKS = ("multi", "regression", "embedding", "token", "auto")
+LISTS = st.lists(ANY_TEXT | LABELS, max_size=3)
 
 
 def _encoded(text: str) -> bytes:
@@ -49,6 +50,9 @@ def _json_line(row: dict[str, Any], escaped: bool) -> bytes:
 JSON_LINE = st.one_of(
     st.builds(lambda t, y, e: _json_line({"text": t, "label": y}, e), ANY_TEXT, LABELS, st.booleans()),
     st.builds(_json_line, st.dictionaries(st.sampled_from(["text", "label", "x"]), ANY_JSON), st.booleans()),
+    st.builds(
+        lambda words, tags, e: _json_line({"tokens": words, "tags": tags}, e), LISTS | ANY_JSON, LISTS, st.booleans()
+    ),
     st.binary(max_size=20),
     ANY_TEXT.map(_encoded),
 )
@@ -96,7 +100,8 @@ def check_file(folder: Path, file: tuple[str, bytes]) -> bool:
         except DataError:
             continue
         assert read[task] is not None
-        for text in read[task].texts:
+        split = read[task]
+        for text in [*split.texts, *(word for row in split.words or () for word in row)]:
             text.encode()  # a tokenizer could take it
     return "single" in read
 
