@@ -11,6 +11,7 @@ from torch import nn
 
 import dht.adamw
 from dht.adamw import DeferredAdamW
+from dht.guarded import GuardedTrainer
 from dht.train import Fitted, dense_trainer, fit
 from killing import small_settings
 
@@ -188,3 +189,71 @@ def test_a_training_ends_as_with_plain_adamw(changes, tmp_path: Path, monkeypatc
     changed = (words.weight != start).any(-1).nonzero()[:, 0].tolist()
     assert changed
     assert set(changed) <= read
+
+
+def test_a_loaded_state_that_decays_weights_is_not_deferred() -> None:
+    plain, reference, ours, deferred = pair(weight_decay=0.5)
+    group = deferred.param_groups[0]
+    group["weight_decay"] = 0.0
+    assert deferred.attach(ours.words)
+    deferred.load_state_dict(reference.state_dict())  # whose options decay
+    assert deferred.tables == []
+    reads = batches(8)
+    trained(plain, reference, reads)
+    trained(ours, deferred, reads)
+    torch.testing.assert_close(ours.words.weight, plain.words.weight)
+
+
+def test_a_state_of_an_optimizer_that_is_not_fused_goes_on_fused() -> None:
+    _, _, ours, deferred = pair()
+    deferred.attach(ours.words)
+    deferred.load_state_dict(torch.optim.AdamW(ours.parameters(), lr=0.01, weight_decay=0.0, fused=False).state_dict())
+    trained(ours, deferred, batches(4), largest=1e-3)  # clips
+    assert bool(ours.words.weight.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_clips_gradients_of_other_types(dtype: torch.dtype) -> None:
+    _, _, ours, _ = pair()
+    ours = ours.to(dtype)
+    before = ours.words.weight.clone()
+    deferred = DeferredAdamW(ours.parameters(), lr=0.01, weight_decay=0.0, fused=True)
+    deferred.attach(ours.words)
+    trained(ours, deferred, batches(4), largest=1e-3)
+    deferred.detach()
+    assert ours.words.weight.dtype == dtype
+    assert not torch.equal(ours.words.weight, before)
+    assert bool(ours.words.weight.isfinite().all())
+
+
+def test_takes_no_closure() -> None:
+    *_, deferred = pair()
+    with pytest.raises(ValueError, match="takes no closure"):
+        deferred.step(lambda: 0.0)
+
+
+def test_the_best_weights_are_loaded_as_they_were(tmp_path: Path) -> None:
+    settings = small_settings(tmp_path / "run")
+    made: list[GuardedTrainer] = []
+
+    def make(*given):
+        trainer = dense_trainer(*given)
+        made.append(trainer)
+        return trainer
+
+    fit(settings, make=make)
+    trainer = made[0]
+    optimizer = trainer._deferred
+    assert optimizer is not None
+    words = trainer.model.get_input_embeddings()
+    optimizer.attach(words)
+    ids = torch.arange(5)
+    trainer.model(input_ids=ids[None], labels=torch.tensor([0])).loss.backward()
+    optimizer.step()
+    optimizer.step()  # rows 5 and above, and then all, are owed a move
+    best = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.state.best_model_checkpoint = str(tmp_path / "best")
+    trainer.model.save_pretrained(tmp_path / "best")
+    trainer._load_best_model()
+    optimizer.detach()
+    torch.testing.assert_close(words.weight, best["encoder.embeddings.words.weight"], rtol=0, atol=0)

@@ -235,6 +235,7 @@ def test_pairs_columns_and_tables(make):
             "y: got 2 in a matrix; allowed: 0 and 1, whether the row has the column",
         ),
         (["a", "b"], [["x", "y"], ["y", "x"]], "y: got 'x' in a matrix"),
+        (["a", "b"], [["x"], ["x", "y"]], "y: its rows differ in length; give one label a text, or several as 0 and 1"),
         (["a", "b"], [[0, 0], [0, 0]], "y: no row has a label; training needs one or more"),
         (["a", "b"], ["x", "x"], "y: all 2 labels are the same; training needs two classes or more"),
         (["a", "b"], ["x", "y"], "X: too few different train texts"),

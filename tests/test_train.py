@@ -236,7 +236,8 @@ def test_a_run_is_resumed_with_its_own_settings(settings, tmp_path, monkeypatch)
         "0.001; --resume goes on with the settings of the run: give the same, or start anew in another --out"
     )
     assert (tmp_path / "run" / "run.json").read_bytes() == told, "nothing was written"
-    assert training.train(replace(small, save_every=4), resume=True)["resumed"]
+    same_folder = str(small.data) + "/."
+    assert training.train(replace(small, save_every=4, data=same_folder), resume=True)["resumed"]
 
 
 @pytest.mark.parametrize("content", ["[1]", "{", "{}"])

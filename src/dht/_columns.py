@@ -128,13 +128,15 @@ def text_columns(
 
 
 def look_tagged(columns: Sequence[str], label: str | None = None) -> bool:
-    """True if columns are called as words and tags are, and do not also hold a text with its label.
+    """True if columns are called as words and tags are, and no text, or pair of texts, with its label is there too.
 
     Args:
         label: the column that was named for the label or the tags, if one was.
 
     >>> look_tagged(["id", "tokens", "ner_tags"]), look_tagged(["text", "label", "tokens", "tags"])
     (True, False)
+    >>> look_tagged(["premise", "hypothesis", "tokens", "labels"])
+    False
     """
     known = _folded(columns)
 
@@ -143,7 +145,8 @@ def look_tagged(columns: Sequence[str], label: str | None = None) -> bool:
 
     labelled = label is not None or has("label", *LABELS)
     tagged = label is not None or has("tags", *TAGS)
-    return has("tokens", *WORDS) and tagged and not (has("text", *TEXTS) and labelled)
+    paired = any(one in known and other in known for one, other in PAIRS)
+    return has("tokens", *WORDS) and tagged and not ((paired or has("text", *TEXTS)) and labelled)
 
 
 def _folded(columns: Sequence[str]) -> dict[str, str]:

@@ -47,7 +47,7 @@ def as_classes(y: Any, rows: int) -> tuple[NDArray[Any], list[Any]]:
     Raises:
         DataError: something else, or nothing that could be learned.
     """
-    labels = np.asarray(y.toarray() if hasattr(y, "toarray") else y)
+    labels = _array(y.toarray() if hasattr(y, "toarray") else y)
     if labels.ndim == 2 and len(labels) == rows and labels.shape[1] > 1:
         return _several(labels)
     if labels.shape != (rows,):
@@ -64,6 +64,16 @@ def as_classes(y: Any, rows: int) -> tuple[NDArray[Any], list[Any]]:
     if len(classes) < 2:
         raise DataError(f"y: all {len(labels)} labels are the same; training needs two classes or more")
     return classes, indices.tolist()
+
+
+def _array(y: Any) -> NDArray[Any]:
+    try:
+        return np.asarray(y)
+    except ValueError:
+        raise DataError(
+            "y: its rows differ in length; give one label a text, or several as 0 and 1 in columns"
+            " (sklearn.preprocessing.MultiLabelBinarizer makes them)"
+        ) from None
 
 
 def _several(labels: NDArray[Any]) -> tuple[NDArray[Any], list[Any]]:
@@ -83,7 +93,9 @@ def as_numbers(y: Any, rows: int) -> list[float]:
     Raises:
         DataError: not `rows` finite numbers, or all the same.
     """
-    labels = np.asarray(y)
+    labels = _array(y)
+    if labels.dtype == object and all(isinstance(value, int | float) for value in labels.flat):
+        labels = labels.astype(float)
     if labels.shape != (rows,):
         raise DataError(f"y: got shape {labels.shape}, expected ({rows},), one number a text of X")
     if labels.dtype.kind not in "iuf" or not np.isfinite(labels).all():

@@ -49,7 +49,7 @@ class DeferredAdamW(torch.optim.AdamW):
         accelerator, where the table is quickly passed over and looking for rows would wait for the device.
         """
         group = self.group_of(module.weight)
-        if group is None or group["weight_decay"] or group["amsgrad"] or module.weight.device.type != "cpu":
+        if group is None or moves_all(group) or module.weight.device.type != "cpu":
             return False
         self._tables.append(_Table(module, self))
         return True
@@ -82,19 +82,25 @@ class DeferredAdamW(torch.optim.AdamW):
             grads.append(parameter.grad.values() if parameter.grad.is_sparse else parameter.grad)
         norm = torch.nn.utils.get_total_norm(grads)
         excess = (norm + 1e-6) / largest
-        self.grad_scale = excess if bool(excess > 1.0) else None
+        self.grad_scale = excess.float() if bool(excess > 1.0) else None  # float32 is what fused AdamW reads
         return norm
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of AdamW."""
+        """One step of AdamW.
+
+        Raises:
+            ValueError: a closure, whose gradients would come too late.
+        """
+        if closure is not None:
+            raise ValueError("step: DeferredAdamW takes no closure; compute the gradients before")
         grads = [weight.grad for weight in self.tables]
         for weight in self.tables:
             weight.grad = None
-        loss = super().step(closure)
+        loss = super().step()
         for table, grad in zip(self._tables, grads, strict=True):
             table.weight.grad = grad
             if grad is not None:
-                table.step(grad if self.grad_scale is None else grad / self.grad_scale)
+                table.step(grad if self.grad_scale is None else (grad / self.grad_scale).to(grad.dtype))
         self.grad_scale = None
         return loss
 
@@ -104,13 +110,23 @@ class DeferredAdamW(torch.optim.AdamW):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of AdamW."""
+        """As of AdamW; a table that the loaded options would move without a gradient is deferred no longer."""
         self.settle()
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group["fused"] = True  # what scales gradients down as it reads them
+        for table in [table for table in self._tables if moves_all(table.group)]:
+            table.detach()
+            self._tables.remove(table)
 
     def group_of(self, parameter: Tensor) -> dict[str, Any] | None:
         """The options of a parameter; None if it is not one of the optimizer's."""
         return next((group for group in self.param_groups if any(p is parameter for p in group["params"])), None)
+
+
+def moves_all(group: dict[str, Any]) -> bool:
+    """True if these options of AdamW move rows in ways that are not made up for."""
+    return bool(group["weight_decay"] or group["amsgrad"])
 
 
 class _Table:
@@ -219,7 +235,7 @@ def optimizer_of(model: nn.Module, lr: float) -> DeferredAdamW:
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Returns nothing; clips the gradients to the training loop's own default, takes a step and drops the gradients."""
-    if isinstance(optimizer, DeferredAdamW):
+    if isinstance(optimizer, DeferredAdamW) and optimizer.tables:
         optimizer.clip(1.0)
     else:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -37,6 +37,7 @@ def calibrate(
     """
     batches = list(batches)
     model.policy.restart()
+    model.policy.mean_tokens.zero_()  # while weights are trained all rows pay alike (decision 13)
     encoder = model.encoder
     was_training = model.training
     model.eval()

@@ -113,7 +113,7 @@ class TrainSettings:
         problems = [
             f"--{name.replace('_', '-')}: got {shown(now[name])}, but the run was started with {shown(told[name])}"
             for name in now
-            if name in told and name not in MAY_CHANGE and now[name] != told[name]
+            if name in told and name not in MAY_CHANGE and not _same(now[name], told[name])
         ]
         if problems:
             fix = "--resume goes on with the settings of the run: give the same, or start anew in another --out"
@@ -122,3 +122,11 @@ class TrainSettings:
     def as_json(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
         return asdict(self) | {"out": str(self.out)}
+
+
+def _same(one: Any, other: Any) -> bool:
+    """True for equal settings, and for two ways to write the path of one file or folder."""
+    if one == other or not (isinstance(one, str) and isinstance(other, str)):
+        return bool(one == other)
+    paths = Path(one), Path(other)
+    return all(path.exists() for path in paths) and paths[0].samefile(paths[1])

@@ -137,10 +137,16 @@ class GuardedTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         words = self.model.get_input_embeddings() if isinstance(self.model, PreTrainedModel) else None
         alone = self.args.world_size == 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        if alone and isinstance(optimizer, DeferredAdamW) and isinstance(words, nn.Embedding) and not optimizer.tables:
-            optimizer.attach(words)
+        if alone and isinstance(optimizer, DeferredAdamW) and isinstance(words, nn.Embedding):
+            if not optimizer.tables:  # one that was handed over may have its own
+                optimizer.attach(words)
             self._deferred = optimizer
         return optimizer
+
+    def _load_best_model(self) -> None:
+        if self._deferred is not None:
+            self._deferred.settle()  # what is owed is owed to the weights that go
+        super()._load_best_model()
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         if self._deferred is not None and self._deferred.tables:

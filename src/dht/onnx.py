@@ -24,7 +24,7 @@ runtime = optional("onnxruntime", "onnx", "dht.onnx")
 
 __all__ = ["CHAIN_FILE", "CHAIN_VERSION", "POLICY_FILE", "ChainResult", "ChainRunner"]
 
-CHAIN_FILE, POLICY_FILE, CHAIN_VERSION = "chain.json", "policy.safetensors", 1
+CHAIN_FILE, POLICY_FILE, CHAIN_VERSION = "chain.json", "policy.safetensors", 2
 EXIT_FEATURES = 8
 
 
