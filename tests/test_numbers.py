@@ -227,6 +227,7 @@ def test_settings_that_are_no_numbers_are_all_told():
         ({"num_hidden_layers": 10**9}, "num_hidden_layers: got 1000000000, must be in 1..4096"),
         ({"budget": math.nan}, "^budget: got nan, allowed: a number$"),
         ({"widths": {"a": 1}}, "^widths: got {'a': 1}, allowed: whole numbers$"),
+        ({"class_weights": 2.5}, "^class_weights: got 2.5, allowed: null, or a number for every class$"),
         ({"hidden_act": 3}, "^hidden_act: got 3, allowed: a name$"),
         ({"hidden_act": "sine"}, "^hidden_act: transformers has no activation 'sine'$"),
         ({"windows": 3}, "^windows: got 3, allowed: null, or a number or null for every layer$"),

@@ -283,6 +283,11 @@ class DHTConfig(PreTrainedConfig):
             (("hidden_act", "last_activation"), lambda got: isinstance(got, str), "a name"),
             (("widths",), lambda got: isinstance(got, list) and all(map(_is_whole, got)), "whole numbers"),
             (
+                ("class_weights",),
+                lambda got: got is None or (isinstance(got, list) and all(map(_is_real, got))),
+                "null, or a number for every class",
+            ),
+            (
                 ("rotary_thetas", "windows"),
                 lambda got: got is None or (isinstance(got, list) and all(x is None or _is_real(x) for x in got)),
                 "null, or a number or null for every layer",
