@@ -228,6 +228,7 @@ def test_settings_that_are_no_numbers_are_all_told():
         ({"budget": math.nan}, "^budget: got nan, allowed: a number$"),
         ({"widths": {"a": 1}}, "^widths: got {'a': 1}, allowed: whole numbers$"),
         ({"class_weights": 2.5}, "^class_weights: got 2.5, allowed: null, or a number for every class$"),
+        ({"head": [1]}, r"^head: got \[1\], allowed: classifier, embedding, token$"),
         ({"hidden_act": 3}, "^hidden_act: got 3, allowed: a name$"),
         ({"hidden_act": "sine"}, "^hidden_act: transformers has no activation 'sine'$"),
         ({"windows": 3}, "^windows: got 3, allowed: null, or a number or null for every layer$"),

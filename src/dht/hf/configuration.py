@@ -244,7 +244,7 @@ class DHTConfig(PreTrainedConfig):
     def _wrong_for_task(self) -> list[str]:
         """What does not go with the task: a setting that would be ignored is wrong too."""
         problem, outputs, mean, std = self.problem_type, len(self.label_names), self.label_mean, self.label_std
-        own = {"embedding": EMBEDDING, "token": TOKEN}.get(self.head)
+        own = next((task for head, task in (("embedding", EMBEDDING), ("token", TOKEN)) if self.head == head), None)
         if own:
             task = own
         else:
