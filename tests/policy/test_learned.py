@@ -254,6 +254,10 @@ def test_folded_greedy_weights_equal_the_index():
         for layer in range(3):
             plain = policy._index(layer, context, 0.0, price)[:, (1 if layer == 0 else 0) :]
             torch.testing.assert_close(policy._greedy(layer, context, price), plain)
+            policy.mean_tokens.fill_(20.0)
+            alone = [int(policy._greedy_of_one(layer, row, 0.3)) for row in context.split(1)]
+            together = policy._greedy(layer, context, policy._row_price(context, 0.3)).argmax(-1)
+            assert alone == together.tolist(), "one row decides as it does among others"
     policy.numbers.update(torch.ones(1, 14, dtype=torch.float64), torch.ones(1, 6), torch.ones(1, 6, 2))
     plain = policy._index(1, context, 0.0, price)
     torch.testing.assert_close(policy._greedy(1, context, price), plain, msg="kept weights follow the posterior")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from ..bandit.posterior import LinearPosterior
 from ..bandit.ucb import choose, ucb_index
 from ..plan import Decision, Trace
 from .base import View
+from .context import LOG_LONGEST
 from .learned import LearnedPolicy
 from .reward import returns
 
@@ -46,8 +48,11 @@ class TreePolicy(LearnedPolicy):
 
     def decide(self, view: View) -> Decision:
         context = self._features(view)
-        price = self._row_price(context, self._index_price(view))
-        arm = self._greedy(view.layer, context, price).argmax(-1)
+        if view.mode == "exploit" and len(context) == 1:
+            arm = self._greedy_of_one(view.layer, context, self._index_price(view))
+        else:
+            price = self._row_price(context, self._index_price(view))
+            arm = self._greedy(view.layer, context, price).argmax(-1)
         if view.layer == 0:
             arm = arm + 1
         wants_stop = arm == 0
@@ -84,6 +89,15 @@ class TreePolicy(LearnedPolicy):
         both = context @ self._greedy_weights(layer)
         worth, cost = both.tensor_split(2, 1)
         return worth - price[:, None] * cost
+
+    def _greedy_of_one(self, layer: int, context: Tensor, price: float) -> Tensor:
+        """int64 [1], the best arm of one row: half a dozen numbers, fewer than tensor operations would be."""
+        both = (context @ self._greedy_weights(layer))[0].tolist()
+        mean, half = float(self.mean_tokens), len(both) // 2
+        if mean:
+            price *= math.exp(float(context[0, 1]) * LOG_LONGEST) / mean
+        index = [worth - price * cost for worth, cost in zip(both[:half], both[half:], strict=True)]
+        return torch.tensor([index.index(max(index))], device=context.device)
 
     def _greedy_weights(self, layer: int) -> Tensor:
         """float64 [F, 2 * (1 + K)] (before layer 1: [F, 2 * K]): context times this is each quality, then each cost.
