@@ -55,7 +55,7 @@ def sentences(tmp_path_factory, vader_path):
 def settings(encoder, sentences):
     return TrainSettings(
         data=str(sentences), model=str(encoder), out=None, budget=0.4, epochs=2, batch_size=16, lr=1e-3, max_length=48,
-        device="cpu", save_every=5,
+        device="cpu", save_every=5, train_budget=10.0,
     )  # fmt: skip
 
 

@@ -104,21 +104,27 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder that the run is written to.")] = Path("runs/train"),
     model: Model = "minilm",
     budget: Budget = 0.26,
+    train_budget: Annotated[
+        float | None,
+        typer.Option(help="FLOPs of the whole training, of dense training; unset = --budget. Fewer steps meet it."),
+    ] = None,
     search: Annotated[str, typer.Option(help="tree (decide after every layer) or integrated (decide once).")] = "tree",
     ffn: Annotated[
         str, typer.Option(help="coupled (units carry FFN neurons) or dense (attention heads alone).")
     ] = "coupled",
-    epochs: Annotated[float, typer.Option(help="Passes over the training split.")] = 3.0,
+    epochs: Annotated[float, typer.Option(help="Passes over the training split that dense training takes.")] = 3.0,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
-    lr: Annotated[float, typer.Option(help="Peak learning rate; it decays linearly to 0.")] = 1e-4,
+    lr: Annotated[
+        float, typer.Option(help="Peak learning rate of the dense model; it decays linearly to 0. Narrow layers: up to 2x.")
+    ] = 1e-4,
     max_length: MaxLength = 128,
     device: Device = "auto",
     dtype: Dtype = "float32",
     accumulate: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
-    warm_start: Annotated[float, typer.Option(help="Training budget at the first step, in (0, 1].")] = 0.4,
+    warm_start: Annotated[float, typer.Option(help="Budget of the first training step, in (0, 1].")] = 0.4,
     settle: Annotated[
-        float, typer.Option(help="Share of the steps after which the training budget is the budget.")
+        float, typer.Option(help="Share of the steps after which a step's budget is 1.4 times --budget.")
     ] = 0.35,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0 = once an epoch.")] = 0,
     text_column: TextColumn = None,
@@ -146,8 +152,8 @@ def train(
     from .report.table import print_report
 
     settings = TrainSettings(
-        data=data, model=model, out=out, budget=budget, search=search, ffn=ffn, epochs=epochs, seed=seed,
-        batch_size=batch_size, lr=lr, max_length=max_length, device=device, dtype=dtype, accumulate=accumulate,
+        data=data, model=model, out=out, budget=budget, train_budget=train_budget, search=search, ffn=ffn,
+        epochs=epochs, seed=seed, batch_size=batch_size, lr=lr, max_length=max_length, device=device, dtype=dtype, accumulate=accumulate,
         warm_start=warm_start, settle=settle, save_every=save_every, text_column=text_column,
         label_column=label_column, class_weights=class_weights, task=task, dense=dense,
         limit=listed_numbers("--limit", limit, int) if limit else None,

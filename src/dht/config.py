@@ -12,6 +12,9 @@ from typing import Any
 from ._labels import TASKS
 from .errors import ConfigError, shown
 
+FASTEST = 2.0
+"""Most that a narrow network's learning rate is raised: few steps have to do (decision 14)."""
+
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 MAY_CHANGE = ("out", "device", "save_every")
@@ -27,13 +30,18 @@ class TrainSettings:
         model: embedded name, folder or Hub id of an encoder (`dht.hf.families`), or a preset (`preset:small`).
         out: folder that the run is written to.
         budget: target mean FLOPs at inference as a fraction of the dense model's, in (0, 1].
+        train_budget: FLOPs of the whole training, all of it counted, as a fraction of dense training for `epochs`; None =
+            `budget`. It is met by taking fewer steps, over which the learning rate decays.
         search: "tree" or "integrated". ffn: "coupled" or "dense".
-        epochs, seed, batch_size, lr: as usual; lr is the peak of a linear decay.
+        epochs: passes over the training split that dense training takes; `train_budget` is a share of their FLOPs.
+        seed, batch_size: as usual.
+        lr: peak of a linear decay, as for the dense model; where layers run K of H head units it is times H / K, at most
+            `FASTEST` times.
         max_length: tokens a text is cut to.
         device: "auto", "cpu" or "cuda". dtype: "float32" or "bfloat16" (autocast).
         accumulate: batches per optimizer step.
-        warm_start, settle: training's budget starts at `warm_start` and has come down to `budget` after the share
-            `settle` of all steps.
+        warm_start, settle: a step's budget starts at `warm_start` and has come down to its final value (`dht.spending`)
+            after the share `settle` of all steps.
         save_every: checkpoint every so many steps; 0 = once an epoch.
         text_column, label_column: names in the data, as for `load_data`; None = inferred.
         task: "single" (one class a row), "multi" (several), "regression", "token" (a tag a word), "auto" (one of these,
@@ -47,6 +55,7 @@ class TrainSettings:
     model: str
     out: Path
     budget: float = 0.26
+    train_budget: float | None = None
     search: str = "tree"
     ffn: str = "coupled"
     epochs: float = 3.0
@@ -84,6 +93,7 @@ class TrainSettings:
             return lambda value: isinstance(value, int) and least <= value <= most
 
         need(lambda b: 0.0 < b <= 1.0, "budget", "a number in (0, 1]")
+        need(lambda b: b is None or 0.0 < b < math.inf, "train_budget", "a number above 0")
         need(lambda name: name in ("tree", "integrated"), "search", "tree, integrated")
         need(lambda name: name in ("coupled", "dense"), "ffn", "coupled, dense")
         need(lambda n: 0 < n < math.inf, "epochs", "a number above 0")

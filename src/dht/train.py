@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, pstdev
@@ -25,7 +26,7 @@ from ._files import explained, write_json
 from .adamw import optimizer_of, update
 from .calibrate import calibrate
 from .checkpoints import complete_checkpoints, newest_whole, remove_incomplete
-from .config import TrainSettings
+from .config import FASTEST, TrainSettings
 from .data import TextData, balanced_weights, load_data
 from .distributed import join, rank, ranks, wait
 from .embed import with_embeddings
@@ -34,15 +35,19 @@ from .guarded import GuardedTrainer
 from .hf.card import CARD, write_card
 from .hf.convert import FAMILIES, export
 from .hf.modeling import DHTForSequenceClassification
+from .imitation import ROWS, imitate
 from .load import PRESETS, all_told_of, build, by_length, collate, device_of, tokenise
 from .manifest import MANIFEST, MODEL_FILES, TOKENIZER_FILES, write_manifest
 from .measure import autocast, report_of, run_policy, split_labels, time_policy
 from .policy.baselines import DensePolicy
 from .policy.budget import Schedule
+from .spending import Spending, divide
 from .task import Embedding, Regression, SingleLabel, TokenTags
-from .training import DHTTrainer, Ledger, finish
+from .training import FEEDBACK_EVERY, DHTTrainer, Ledger, finish
 
 CALIBRATION_BATCHES = 8
+CALIBRATION = 3.0
+"""FLOPs of calibrating with a batch, in units of its dense forward."""
 FEEDBACK_ROWS = 1024
 TIMED_STEPS = 12
 
@@ -60,7 +65,7 @@ class Fitted:
 
     Attributes:
         rows: the tokenised train and validation splits.
-        steps: batches trained on.
+        steps: batches trained on. dense_steps: those that the full model would be trained on.
         history: what the ledger noted over training; empty for dense training.
         report: resumed, refused_updates, train_flops_fraction, train_seconds, train_cpu_seconds (of this process).
     """
@@ -70,6 +75,7 @@ class Fitted:
     data: TextData
     rows: Rows
     steps: int
+    dense_steps: int
     history: list[dict[str, float]]
     report: dict[str, Any]
 
@@ -106,7 +112,8 @@ def train(
     say("timing dense training steps on the same batches")
     dense = report["train_seconds"]
     if not settings.dense:
-        dense = dense_step_seconds(model, _sample(fitted.rows["train"], tokenizer, settings), settings) * fitted.steps
+        batches = _sample(fitted.rows["train"], tokenizer, settings)
+        dense = dense_step_seconds(model, batches, settings) * fitted.dense_steps
     report |= {"dense_train_seconds": dense, "train_time_fraction": report["train_seconds"] / dense}
     report |= evaluate_run(model, tokenizer, data, settings, split="test" if data.test else "validation")
     save_run(settings.out, model, tokenizer, report)
@@ -199,7 +206,8 @@ def fit(
         "train_cpu_seconds": time.process_time() - worked,
     }
     steps = trainer.state.global_step * settings.accumulate
-    return Fitted(model, tokenizer, data, rows, steps, ledger.history if ledger else [], report)
+    dense_steps = round(steps / ledger.share) if ledger else steps
+    return Fitted(model, tokenizer, data, rows, steps, dense_steps, ledger.history if ledger else [], report)
 
 
 def task_options(data: TextData) -> dict[str, Any]:
@@ -311,17 +319,81 @@ def dynamic_trainer(
     resuming: bool,
 ) -> DHTTrainer:
     """Trains weights and policy together; calibrates the model first unless a run is resumed."""
-    ledger = Ledger() if resuming else calibrated(settings, model, tokenizer, rows)
     feedback = _feedback(settings, tokenizer, rows["validation"], model.device)
+    spending = spending_of(settings, model, tokenizer, rows, feedback)
+    ledger = Ledger() if resuming else calibrated(settings, model, tokenizer, rows)
+    ledger.share = spending.steps / spending.whole
+    if not resuming:
+        ledger.executed += imitated(settings, model, tokenizer, rows, spending.imitation) * ranks()
+    told = arguments(settings, checkpoints)
+    told.max_steps = spending.steps
+    told.learning_rate *= min(FASTEST, model.policy.heads / model.policy.widths[0])
     return DHTTrainer(
         model,
-        arguments(settings, checkpoints),
+        told,
         train_dataset=rows["train"],
         data_collator=lambda batch: collate(tokenizer, batch),
-        schedule=Schedule(settings.budget, settings.warm_start, settings.settle),
+        schedule=Schedule(spending.step, settings.warm_start, settings.settle),
         feedback=lambda step: feedback[step % len(feedback)],
         ledger=ledger,
     )
+
+
+def spending_of(
+    settings: TrainSettings,
+    model: DHTForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    feedback: Sequence[dict[str, Tensor]],
+) -> Spending:
+    """How this training divides its budget: from the lengths of its rows alone, so that a resumed run finds the same."""
+    cost, config = model.encoder.cost, model.config
+
+    def forward(batches: Iterable[dict[str, Tensor]]) -> float:
+        return sum(float(cost.dense(batch["attention_mask"].sum(-1)).sum()) for batch in batches)
+
+    epoch = forward(by_length(tokenizer, rows["train"], settings.batch_size)[0])
+    held_out = forward(feedback)
+    sample = forward(_sample(rows["train"], tokenizer, settings, CALIBRATION_BATCHES))
+    per_epoch = math.ceil(math.ceil(len(rows["train"]) / (settings.batch_size * ranks())) / settings.accumulate)
+    widths = config.widths or [cost.heads]
+    narrow = (widths[0] + widths[-1]) / 2 / cost.heads  # a probe, and the run that measures the prices
+    return divide(
+        settings.budget, settings.train_budget or settings.budget,
+        epoch=epoch, epochs=settings.epochs, whole=math.ceil(per_epoch * settings.epochs),
+        fixed=(CALIBRATION * sample + 2 * narrow * held_out) * ranks(),
+        surveys=config.exploration, probes=narrow / FEEDBACK_EVERY,
+        imitates=_imitates(settings, model),
+    )  # fmt: skip
+
+
+def _imitates(settings: TrainSettings, model: DHTForSequenceClassification) -> bool:
+    """True if there are layers that run narrow, and they know something."""
+    return settings.model not in PRESETS and model.policy.widths[0] < model.policy.heads
+
+
+def imitated(
+    settings: TrainSettings,
+    model: DHTForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    flops: float,
+) -> float:
+    """Lets the layers that training runs narrow imitate themselves for about `flops`; returns the FLOPs spent."""
+    if not _imitates(settings, model):
+        return 0.0
+    policy, cost = model.policy, model.encoder.cost
+    sets = policy.sets_of(policy.widths[0])
+    sets[policy.wide_from :] = False
+    layers = float(sets.any(-1).sum())
+    each = (layers + 3 * float(sets.sum()) / policy.heads) / policy.layers  # teacher's forward, and a training step
+    draw, batches = random.Random(settings.seed), []
+    while flops > 0:
+        batch = collate(tokenizer, draw.sample(rows["train"], min(len(rows["train"]), ROWS)))
+        batches.append({key: value.to(model.device) for key, value in batch.items()})
+        flops -= each * float(cost.dense(batch["attention_mask"].sum(-1)).sum())
+    with autocast(model.device, getattr(torch, settings.dtype)):
+        return imitate(model, batches, sets)
 
 
 def calibrated(

@@ -18,9 +18,10 @@ from .hf.modeling import DHTForSequenceClassification, exit_loss
 from .plan import Mode, Trace
 from .policy.budget import Schedule, dual_ascent
 from .policy.reward import quality
+from .spending import BACKWARD
 
-BACKWARD = 2.0
-"""FLOPs of a backward pass in units of its forward."""
+FEEDBACK_EVERY = 32
+"""Training steps between batches of held-out rows."""
 
 LONGEST_LOG = 1000
 """Entries of a log, above which every other one goes: the log of a long run stays as small as that of a short one."""
@@ -32,6 +33,7 @@ class Ledger(TrainerCallback, ExportableState):
     Attributes:
         executed: FLOPs run: training steps, calibration and feedback passes.
         dense: FLOPs of the same training steps (and nothing else) on the full model.
+        share: steps taken as a share of those that the full model would be trained for.
         history: a dict every few steps: step, fraction, target, price, loss; means over the steps since the last.
         every: steps between two of them.
     """
@@ -43,22 +45,23 @@ class Ledger(TrainerCallback, ExportableState):
         history: list[dict[str, float]] | None = None,
         every: int = 10,
         window: list[tuple[float, float, float]] | None = None,
+        share: float = 1.0,
     ) -> None:
         self.executed, self.dense, self.history = executed, dense, history or []
-        self.every, self._window = every, window or []
+        self.every, self._window, self.share = every, window or [], share
 
     def state(self) -> dict[str, Any]:
         """What `Trainer` writes into the checkpoint."""
         kept = {
             "executed": self.executed, "dense": self.dense, "history": self.history, "every": self.every,
-            "window": self._window,
+            "window": self._window, "share": self.share,
         }  # fmt: skip
         return {"args": kept, "attributes": {}}
 
     @property
     def fraction(self) -> float:
-        """Training FLOPs executed so far as a fraction of dense training's."""
-        return self.executed / self.dense if self.dense else 0.0
+        """Training FLOPs executed as a fraction of dense training's, once the steps are done."""
+        return self.share * self.executed / self.dense if self.dense else 0.0
 
     def step(self, flops: float, dense_flops: float) -> None:
         """Counts forward and backward of one training step, given its forward FLOPs and those of the dense model."""
@@ -106,7 +109,7 @@ class DHTTrainer(GuardedTrainer):
         schedule: Schedule,
         feedback: Callable[[int], dict[str, Tensor]] | None = None,
         price_rate: float = 0.1,
-        feedback_every: int = 32,
+        feedback_every: int = FEEDBACK_EVERY,
         ledger: Ledger | None = None,
         **kwargs: Any,
     ) -> None:

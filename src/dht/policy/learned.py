@@ -64,7 +64,7 @@ class LearnedPolicy(Policy):
         self.alpha, self.sigma = config.alpha, config.sigma
         self.max_sets, self.seed = config.head_sets, config.policy_seed
         self.wide_from = self.layers if config.wide_from is None else config.wide_from
-        self.train_narrow = config.train_widths == "narrowest"
+        self.chooses = config.train_widths == "all"  # widths that no row trained with are not served either
         features = self.num_features + self.WIDTH_FEATURES
         self.numbers = LinearPosterior(num_arms, features, 2, config.ridge, config.forgetting)
         self.units = LinearPosterior(self.layers * self.heads, self.num_features, 1, config.ridge)
@@ -113,8 +113,15 @@ class LearnedPolicy(Policy):
 
     def _random_widths(self, view: View) -> Tensor:
         """int64 [R], a width index per row, kept through all layers."""
-        first = 0 if view.layer < self.wide_from else len(self.widths) - 1
-        return (self._row_draws(view, 2) * len(self.widths)).long().clamp(first, len(self.widths) - 1)
+        offered = self.offered(view.layer)
+        drawn = (self._row_draws(view, 2) * len(self.widths)).long()
+        return drawn.clamp(offered.start, offered.stop - 1)
+
+    def offered(self, layer: int) -> range:
+        """Indices into `widths` that layer `layer` + 1 may run: the widest alone from `wide_from` on (decision 6)."""
+        if layer >= self.wide_from:
+            return range(len(self.widths) - 1, len(self.widths))
+        return range(len(self.widths) if self.chooses else 1)
 
     def width_at(self, layer: int, width: int) -> int:
         """Head units that a row of width `width` runs in layer `layer` + 1: all on offer from `wide_from` on."""
@@ -130,8 +137,7 @@ class LearnedPolicy(Policy):
     def run_on(self, view: View) -> Decision:
         """The decision to run every active row at its narrowest width, with the sets of inference."""
         context = self._features(view)
-        narrowest = 0 if view.layer < self.wide_from else len(self.widths) - 1
-        width = torch.full_like(view.rows, narrowest)
+        width = torch.full_like(view.rows, self.offered(view.layer).start)
         sets, choice = self._pick_sets(view, context, width)
         return Decision(sets, choice, width + 1, context, torch.zeros_like(width, dtype=torch.bool), lasting=True)
 

@@ -58,8 +58,6 @@ class TreePolicy(LearnedPolicy):
         wants_stop = arm == 0
         if view.mode != "exploit":
             index = self._index(view.layer, context, self.alpha, price)
-            if view.mode == "explore" and self.train_narrow and view.layer < self.wide_from:
-                index = index[:, :2]
             onward = choose(index[:, 1:]) + 1
             if view.mode == "explore":
                 arm = torch.where(self._carried_on(view), onward, choose(index))
@@ -119,8 +117,10 @@ class TreePolicy(LearnedPolicy):
         linear, square, sure = run[..., self.num_features :, None].unbind(2)
         weights[:, :, 0] += linear * share + square * share.square()
         weights[:, :, 2] += sure * share
-        weights[self.wide_from :, ..., :-1] = 0.0
-        weights[self.wide_from :, 0, 0, :-1] = CLOSED
+        for layer in range(self.layers):
+            closed = self._closed(layer)
+            weights[layer, ..., closed] = 0.0
+            weights[layer, 0, 0, closed] = CLOSED
         both = torch.cat([stop[..., : self.num_features, None], weights], -1)
         return [torch.cat([*weights[0]], 1), *torch.cat([both[1:, 0], both[1:, 1]], -1)]
 
@@ -129,14 +129,18 @@ class TreePolicy(LearnedPolicy):
         rows, count = len(context), len(self.widths)
         wide, each = self._with_every_width(context), price.repeat_interleave(count)
         run = ucb_index(self.numbers, wide, alpha, each, slice(2 * layer + 1, 2 * layer + 2)).view(rows, count)
-        if layer >= self.wide_from:
-            run[:, :-1] = CLOSED
+        run[:, self._closed(layer)] = CLOSED
         if layer == 0:
             stop = torch.full_like(run[:, :1], -torch.inf)
         else:
             still = torch.nn.functional.pad(context, (0, self.WIDTH_FEATURES))
             stop = ucb_index(self.numbers, still, alpha, price, slice(2 * layer, 2 * layer + 1))
         return torch.cat([stop, run], 1)
+
+    def _closed(self, layer: int) -> list[int]:
+        """Widths that are not on offer in layer `layer` + 1."""
+        offered = self.offered(layer)
+        return [i for i in range(len(self.widths)) if i not in offered]
 
     @torch.no_grad()
     def restart(self) -> None:

@@ -1,0 +1,71 @@
+"""How a training divides its budget of FLOPs: calibration, imitation, steps and held-out rows, known before it begins."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+STEP = 1.4
+"""What a step spends, in units of the budget: fewer steps that run deeper teach more than many shallow ones
+(decision 14)."""
+
+IMITATION = 0.18
+"""Share of the training budget that narrow layers imitate themselves for, at most; no more than the steps get."""
+
+FEWEST = 0.15
+"""Share of the steps of all epochs that is taken at least, if little data leaves no budget beside the fixed costs."""
+
+BACKWARD = 2.0
+"""FLOPs of a backward pass in units of its forward."""
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What a training may spend on what.
+
+    Attributes:
+        steps: optimizer steps. whole: those of all epochs, which the dense model would take.
+        step: mean fraction of dense FLOPs that a step aims at.
+        imitation: FLOPs for imitation.
+    """
+
+    steps: int
+    whole: int
+    step: float
+    imitation: float
+
+
+def divide(
+    budget: float,
+    train_budget: float,
+    *,
+    epoch: float,
+    epochs: float,
+    whole: int,
+    fixed: float,
+    surveys: float = 0.0,
+    probes: float = 0.0,
+    imitates: bool = True,
+) -> Spending:
+    """The spending at which calibration, imitation, steps and all held-out rows come to `train_budget`.
+
+    Args:
+        budget: fraction of dense FLOPs at which the model will serve, in (0, 1].
+        train_budget: FLOPs of the whole training as a fraction of `epochs` of dense training, above 0.
+        epoch: forward FLOPs of the dense model on all training rows.
+        epochs: passes over them that the dense model would take. whole: optimizer steps in them.
+        fixed: FLOPs before and after the steps.
+        surveys: share of the steps that run everything.
+        probes: forward FLOPs on held-out rows, as a share of the steps' dense forward.
+        imitates: False if no layer runs narrow.
+
+    >>> divide(0.26, 0.26, epoch=1.0, epochs=3.0, whole=300, fixed=0.1, imitates=False)
+    Spending(steps=184, whole=300, step=0.364, imitation=0.0)
+    """
+    dense = (1 + BACKWARD) * epoch * epochs
+    step = min(1.0, round(STEP * budget, 4))
+    free = max(train_budget * dense - fixed, 0.0)
+    imitation = min(IMITATION * train_budget * dense, free / 2) if imitates else 0.0
+    each = (step * (1 - surveys) + surveys + probes / (1 + BACKWARD)) * dense
+    share = min(1.0, max(FEWEST, (free - imitation) / each))
+    return Spending(max(1, math.floor(share * whole)), whole, step, imitation)
