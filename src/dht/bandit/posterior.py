@@ -113,7 +113,6 @@ class LinearPosterior(nn.Module):
         """theta_hat = A^-1 moment, float64 [m, F, O]; cached until the statistics change."""
         return self._select(self._cached("mean"), arms)
 
-    @torch.no_grad()
     def predict(self, context: Tensor, arms: Arms = None) -> Tensor:
         """The expected targets of every row under every arm, theta_hat^T phi, float64 [B, m, O].
 
@@ -124,9 +123,11 @@ class LinearPosterior(nn.Module):
         Raises:
             ValueError: context is not [B, F].
         """
-        return torch.einsum("bf,mfo->bmo", self._context(context), self.mean(arms))
+        phi, weights = self._context(context), self._cached("weights")
+        if arms is not None:
+            weights = weights[:, arms.to(weights.device) if isinstance(arms, Tensor) else arms]
+        return (phi @ weights.flatten(1)).view(phi.shape[0], weights.shape[1], self.num_targets)
 
-    @torch.no_grad()
     def width(self, context: Tensor, arms: Arms = None) -> Tensor:
         """How uncertain the prediction is, sqrt(phi^T A^-1 phi), float64 [B, m], >= 0.
 
@@ -137,13 +138,13 @@ class LinearPosterior(nn.Module):
         Raises:
             ValueError: context is not [B, F].
         """
-        # ||L^-1 phi||: with L^-1 cached, a decision costs one matrix product and never subtracts.
-        inverse = self._select(self._cached("inverse_factor"), arms)
-        whitened: Tensor = inverse.flatten(0, 1) @ self._context(context).T
-        norm: Tensor = torch.linalg.vector_norm(whitened.view(*inverse.shape[:2], context.shape[0]), dim=1)
-        return norm.T
+        # ||L^-1 phi||: with L^-1 cached, a decision costs one matrix product and never subtracts. The norm runs over
+        # what lies side by side in memory, which is twenty times as fast as over strides.
+        phi, inverse = self._context(context), self._select(self._cached("inverse_factor"), arms)
+        whitened = (phi @ inverse.flatten(0, 1).T).view(phi.shape[0], *inverse.shape[:2])
+        norm: Tensor = torch.linalg.vector_norm(whitened, dim=2)
+        return norm
 
-    @torch.no_grad()
     def sample(self, sigma: float, generator: torch.Generator, arms: Arms = None, target: int = 0) -> Tensor:
         """One joint draw theta_tilde ~ N(theta_hat, sigma^2 A^-1), float64 [m, F].
 
@@ -160,14 +161,13 @@ class LinearPosterior(nn.Module):
             raise ValueError(f"sigma must be finite and >= 0, got {sigma}")
         if not 0 <= target < self.num_targets:
             raise ValueError(f"target must be in [0, {self.num_targets}), got {target}")
-        inverse = self._select(self._cached("inverse_factor"), arms)
+        lower = self.factor(arms)
         # Drawn where the generator lives, so that the CPU and an accelerator explore alike.
-        noise = torch.randn(inverse.shape[:2], generator=generator, device=generator.device, dtype=torch.float64)
+        noise = torch.randn(*lower.shape[:2], 1, generator=generator, device=generator.device, dtype=torch.float64)
         # A^-1 = L^-T L^-1, so L^-T z has covariance A^-1.
-        spread = (inverse.mT @ noise.to(inverse.device).unsqueeze(-1)).squeeze(-1)
-        return self.mean(arms)[..., target] + sigma * spread
+        spread = torch.linalg.solve_triangular(lower.mT, noise.to(lower.device), upper=True).squeeze(-1)
+        return self.mean(arms)[..., target].add(spread, alpha=sigma)
 
-    @torch.no_grad()
     def update(self, context: Tensor, weight: Tensor, target: Tensor) -> None:
         """Returns nothing; adds weight[b, m] phi_b phi_b^T and weight[b, m] phi_b target[b, m]^T to every arm m.
 
@@ -198,25 +198,44 @@ class LinearPosterior(nn.Module):
             raise ValueError(f"target must be [B, M, O] = {expected}, got {list(target.shape)}")
         if rows == 0:
             return
-        r = torch.where((w != 0).unsqueeze(-1), r, 0.0)
-        _refuse_bad_rows(phi, w, r)
+        if not self._add(phi, w, r):
+            # Something is amiss, or a target that nobody reads is not finite: looked at more closely only now.
+            r = torch.where((w != 0).unsqueeze(-1), r, 0.0)
+            _refuse_bad_rows(phi, w, r)
+            self._add(phi, w, r, sound=True)
 
-        keep = 1.0
+    def _add(self, phi: Tensor, w: Tensor, r: Tensor, sound: bool = False) -> bool:
+        """Whether the rows were added: not if a value is out of bounds, unless the rows are known to be `sound`.
+
+        Raises:
+            NonFiniteError: sound rows whose sum overflows.
+        """
+        rows, keep = phi.shape[0], 1.0
+        aged = w
         if self.forgetting < 1.0:
             age = torch.arange(rows - 1, -1, -1, dtype=torch.float64, device=w.device)
-            w = w * (self.forgetting**age).unsqueeze(-1)
+            aged = w * (self.forgetting**age).unsqueeze(-1)
             keep = self.forgetting**rows
-        weighted = w.T.unsqueeze(-1) * phi  # [M, B, F]
-        # In place: the buffers stay the tensors that a distributed wrapper or a shared-memory worker holds.
-        gram = (self.gram * keep).add_(weighted.mT @ phi)
-        moment = (self.moment * keep).add_(weighted.mT @ r.transpose(0, 1))
-        if not bool((gram.sum() + moment.sum()).isfinite()):
+        aged = aged.unsqueeze(-1)
+        # All arms side by side: two wide products [F, B] @ [B, M F] and [F, B] @ [B, M O] instead of M small ones.
+        sides = (phi.T @ (aged * phi.unsqueeze(1)).flatten(1), phi.T @ (aged * r).flatten(1))
+        gram, moment = (
+            side.view(self.num_features, self.num_arms, -1).transpose(0, 1).add(old, alpha=keep)
+            for side, old in zip(sides, (self.gram, self.moment), strict=True)
+        )
+        # What is not finite spreads to the sums, and the root of a negative weight is NaN.
+        sums = phi.square().sum() + w.amin().sqrt(), gram.sum() + moment.sum()
+        if not all(math.isfinite(float(total)) for total in sums):
+            if not sound:
+                return False
             _refuse_overflow(gram, moment)
+        # In place: the buffers stay the tensors that a distributed wrapper or a shared-memory worker holds.
         self.gram.copy_(gram)
         self.moment.copy_(moment)
-        self.pulls.mul_(keep).add_(w.sum(dim=0))
+        self.pulls.mul_(keep).add_(aged.sum(dim=(0, 2)))
         self.clock.add_(rows)
         self.invalidate()
+        return True
 
     def snapshot(self) -> dict[str, Tensor]:
         """Copies of the statistics `gram`, `moment`, `pulls` and `clock`, for `delta_since` and `merge`."""
@@ -272,7 +291,6 @@ class LinearPosterior(nn.Module):
         """
         self._cache, self._cached_for = {}, []
 
-    @torch.no_grad()
     def _cached(self, name: str) -> Tensor:
         sources = (self.gram, self.moment, self.ridge)
         # Inference tensors have no version; what changes those (update, load, move) invalidates explicitly.
@@ -281,15 +299,29 @@ class LinearPosterior(nn.Module):
             old is new and then == now for (old, then), (new, now) in zip(self._cached_for, current, strict=True)
         )
         if not same:
-            lower = _cholesky(self.precision)
-            eye = torch.eye(self.num_features, dtype=lower.dtype, device=lower.device)
-            self._cache = {
-                "factor": lower,
-                "inverse_factor": torch.linalg.solve_triangular(lower, eye, upper=False),
-                "mean": torch.cholesky_solve(self.moment, lower),
-            }
-            self._cached_for = current
+            self._cache, self._cached_for = {}, current
+        if name not in self._cache:
+            self._cache[name] = getattr(self, f"_{name}")()
         return self._cache[name]
+
+    def _factor(self) -> Tensor:
+        # The factorisation reads the lower triangle alone, so nothing has to be symmetric to the bit.
+        precision = self.gram.clone()
+        precision.diagonal(dim1=1, dim2=2).add_(self.ridge[:, None])
+        return _cholesky(precision)
+
+    def _inverse_factor(self) -> Tensor:
+        lower = self._cached("factor")
+        eye = torch.eye(self.num_features, dtype=lower.dtype, device=lower.device)
+        # X L^T = I, so X^T = L^-1: solved from this side it comes out in the order in which `width` reads it.
+        return torch.linalg.solve_triangular(lower.mT, eye, upper=True, left=False).mT
+
+    def _mean(self) -> Tensor:
+        return torch.cholesky_solve(self.moment, self._cached("factor"))
+
+    def _weights(self) -> Tensor:
+        """The means as `predict` multiplies with them, [F, M, O]."""
+        return self._cached("mean").transpose(0, 1).contiguous()
 
     def _select(self, values: Tensor, arms: Arms) -> Tensor:
         if arms is None:
@@ -375,6 +407,8 @@ def _cholesky(precision: Tensor) -> Tensor:
     """Lower factors of [M, F, F]; escalating jitter, relative to each arm's largest diagonal entry, where it fails."""
     lower: Tensor
     lower, info = torch.linalg.cholesky_ex(precision)
+    if not bool(info.any()) and math.isfinite(float(lower.sum())):
+        return lower
     scale = precision.diagonal(dim1=-2, dim2=-1).amax(dim=-1)
     jitter = precision.shape[-1] * torch.finfo(torch.float64).eps
     eye = torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
