@@ -5,6 +5,7 @@ Shape letters: B rows, M arms, m selected arms, F features, O targets.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -95,9 +96,8 @@ class LinearPosterior(nn.Module):
     @property
     def precision(self) -> Tensor:
         """A = ridge I + gram, symmetric, float64 [M, F, F]."""
-        eye = torch.eye(self.num_features, dtype=torch.float64, device=self.gram.device)
         # A matrix product rounds (f, g) and (g, f) differently; the mean of both is symmetric to the bit.
-        return (self.gram + self.gram.mT) / 2 + self.ridge[:, None, None] * eye
+        return (self.gram + self.gram.mT) / 2 + self.ridge[:, None, None] * _eye(self.num_features, self.gram.device)
 
     def factor(self, arms: Arms = None) -> Tensor:
         """Lower Cholesky factors L with L L^T = A, float64 [m, F, F]; cached until the statistics change.
@@ -123,10 +123,7 @@ class LinearPosterior(nn.Module):
         Raises:
             ValueError: context is not [B, F].
         """
-        phi, weights = self._context(context), self._cached("weights")
-        if arms is not None:
-            weights = weights[:, arms.to(weights.device) if isinstance(arms, Tensor) else arms]
-        return (phi @ weights.flatten(1)).view(phi.shape[0], weights.shape[1], self.num_targets)
+        return self._predict(self._context(context), arms)
 
     def width(self, context: Tensor, arms: Arms = None) -> Tensor:
         """How uncertain the prediction is, sqrt(phi^T A^-1 phi), float64 [B, m], >= 0.
@@ -138,12 +135,7 @@ class LinearPosterior(nn.Module):
         Raises:
             ValueError: context is not [B, F].
         """
-        # ||L^-1 phi||: with L^-1 cached, a decision costs one matrix product and never subtracts. The norm runs over
-        # what lies side by side in memory, which is twenty times as fast as over strides.
-        phi, inverse = self._context(context), self._select(self._cached("inverse_factor"), arms)
-        whitened = (phi @ inverse.flatten(0, 1).T).view(phi.shape[0], *inverse.shape[:2])
-        norm: Tensor = torch.linalg.vector_norm(whitened, dim=2)
-        return norm
+        return self._width(self._context(context), arms)
 
     def sample(self, sigma: float, generator: torch.Generator, arms: Arms = None, target: int = 0) -> Tensor:
         """One joint draw theta_tilde ~ N(theta_hat, sigma^2 A^-1), float64 [m, F].
@@ -203,39 +195,6 @@ class LinearPosterior(nn.Module):
             r = torch.where((w != 0).unsqueeze(-1), r, 0.0)
             _refuse_bad_rows(phi, w, r)
             self._add(phi, w, r, sound=True)
-
-    def _add(self, phi: Tensor, w: Tensor, r: Tensor, sound: bool = False) -> bool:
-        """Whether the rows were added: not if a value is out of bounds, unless the rows are known to be `sound`.
-
-        Raises:
-            NonFiniteError: sound rows whose sum overflows.
-        """
-        rows, keep = phi.shape[0], 1.0
-        aged = w
-        if self.forgetting < 1.0:
-            age = torch.arange(rows - 1, -1, -1, dtype=torch.float64, device=w.device)
-            aged = w * (self.forgetting**age).unsqueeze(-1)
-            keep = self.forgetting**rows
-        aged = aged.unsqueeze(-1)
-        # All arms side by side: two wide products [F, B] @ [B, M F] and [F, B] @ [B, M O] instead of M small ones.
-        sides = (phi.T @ (aged * phi.unsqueeze(1)).flatten(1), phi.T @ (aged * r).flatten(1))
-        gram, moment = (
-            side.view(self.num_features, self.num_arms, -1).transpose(0, 1).add(old, alpha=keep)
-            for side, old in zip(sides, (self.gram, self.moment), strict=True)
-        )
-        # What is not finite spreads to the sums, and the root of a negative weight is NaN.
-        sums = phi.square().sum() + w.amin().sqrt(), gram.sum() + moment.sum()
-        if not all(math.isfinite(float(total)) for total in sums):
-            if not sound:
-                return False
-            _refuse_overflow(gram, moment)
-        # In place: the buffers stay the tensors that a distributed wrapper or a shared-memory worker holds.
-        self.gram.copy_(gram)
-        self.moment.copy_(moment)
-        self.pulls.mul_(keep).add_(aged.sum(dim=(0, 2)))
-        self.clock.add_(rows)
-        self.invalidate()
-        return True
 
     def snapshot(self) -> dict[str, Tensor]:
         """Copies of the statistics `gram`, `moment`, `pulls` and `clock`, for `delta_since` and `merge`."""
@@ -300,6 +259,9 @@ class LinearPosterior(nn.Module):
         )
         if not same:
             self._cache, self._cached_for = {}, current
+        return self._derived(name)
+
+    def _derived(self, name: str) -> Tensor:
         if name not in self._cache:
             self._cache[name] = getattr(self, f"_{name}")()
         return self._cache[name]
@@ -308,20 +270,68 @@ class LinearPosterior(nn.Module):
         # The factorisation reads the lower triangle alone, so nothing has to be symmetric to the bit.
         precision = self.gram.clone()
         precision.diagonal(dim1=1, dim2=2).add_(self.ridge[:, None])
-        return _cholesky(precision)
+        lower: Tensor
+        lower, info = torch.linalg.cholesky_ex(precision)
+        # Depending on the backend a NaN passes the factorisation, so it is looked for in the result.
+        sound = not any(info.tolist()) and math.isfinite(float(lower.sum()))
+        return lower if sound else _repaired(self.precision)
 
     def _inverse_factor(self) -> Tensor:
-        lower = self._cached("factor")
-        eye = torch.eye(self.num_features, dtype=lower.dtype, device=lower.device)
-        # X L^T = I, so X^T = L^-1: solved from this side it comes out in the order in which `width` reads it.
-        return torch.linalg.solve_triangular(lower.mT, eye, upper=True, left=False).mT
+        # X L^T = I, so X^T = L^-1: solved from this side it comes out in the order in which `_width` reads it.
+        lower = self._derived("factor").mT
+        return torch.linalg.solve_triangular(lower, _eye(self.num_features, lower.device), upper=True, left=False).mT
 
     def _mean(self) -> Tensor:
-        return torch.cholesky_solve(self.moment, self._cached("factor"))
+        return torch.cholesky_solve(self.moment, self._derived("factor"))
 
     def _weights(self) -> Tensor:
-        """The means as `predict` multiplies with them, [F, M, O]."""
-        return self._cached("mean").transpose(0, 1).contiguous()
+        """The means as `_predict` multiplies with them, [F, M, O]."""
+        return self._derived("mean").transpose(0, 1).contiguous()
+
+    def _predict(self, phi: Tensor, arms: Arms) -> Tensor:
+        weights = self._cached("weights")
+        if arms is not None:
+            weights = weights[:, arms.to(weights.device) if isinstance(arms, Tensor) else arms]
+        return (phi @ weights.flatten(1)).view(phi.shape[0], weights.shape[1], self.num_targets)
+
+    def _width(self, phi: Tensor, arms: Arms) -> Tensor:
+        # ||L^-1 phi||: with L^-1 cached, a decision costs one matrix product and never subtracts. The norm runs over
+        # what lies side by side in memory: over strides it takes ten times as long.
+        inverse = self._select(self._cached("inverse_factor"), arms)
+        whitened = (phi @ inverse.flatten(0, 1).T).view(phi.shape[0], *inverse.shape[:2])
+        norm: Tensor = torch.linalg.vector_norm(whitened, dim=2)
+        return norm
+
+    def _add(self, phi: Tensor, w: Tensor, r: Tensor, sound: bool = False) -> bool:
+        """Whether the rows were added: not if a value is out of bounds, unless the rows are known to be `sound`.
+
+        Raises:
+            NonFiniteError: sound rows whose sum overflows.
+        """
+        rows, keep, least = phi.shape[0], 1.0, w.amin()
+        if self.forgetting < 1.0:
+            age = torch.arange(rows - 1, -1, -1, dtype=torch.float64, device=w.device)
+            w, keep = w * (self.forgetting**age).unsqueeze(-1), self.forgetting**rows
+        share = w.unsqueeze(-1)
+        # All arms side by side: two wide products [F, B] @ [B, M F] and [F, B] @ [B, M O] instead of M small ones.
+        gram, moment = (
+            torch.add((phi.T @ (share * side).flatten(1)).view(old.shape[1], old.shape[0], -1).transpose(0, 1), old, alpha=keep)
+            for side, old in ((phi.unsqueeze(1), self.gram), (r, self.moment))
+        )
+        flat = phi.reshape(-1)
+        # What is not finite spreads to the sums.
+        total, squares = float(gram.sum() + moment.sum()), float(flat.dot(flat))
+        if not (math.isfinite(total) and math.isfinite(squares) and float(least) >= 0):
+            if not sound:
+                return False
+            _refuse_overflow(gram, moment)
+        # In place: the buffers stay the tensors that a distributed wrapper or a shared-memory worker holds.
+        self.gram.copy_(gram)
+        self.moment.copy_(moment)
+        self.pulls.copy_(w.sum(dim=0).add(self.pulls, alpha=keep))
+        self.clock.add_(rows)
+        self.invalidate()
+        return True
 
     def _select(self, values: Tensor, arms: Arms) -> Tensor:
         if arms is None:
@@ -403,22 +413,26 @@ def _refuse_overflow(gram: Tensor, moment: Tensor) -> None:
         raise NonFiniteError(f"arm {arm}: the sum of its rows overflows float64; scale contexts and targets down")
 
 
-def _cholesky(precision: Tensor) -> Tensor:
+@functools.cache
+def _eye(size: int, device: torch.device) -> Tensor:
+    # An ordinary tensor, whatever mode the first caller is in.
+    with torch.inference_mode(False):
+        return torch.eye(size, dtype=torch.float64, device=device)
+
+
+def _repaired(precision: Tensor) -> Tensor:
     """Lower factors of [M, F, F]; escalating jitter, relative to each arm's largest diagonal entry, where it fails."""
     lower: Tensor
     lower, info = torch.linalg.cholesky_ex(precision)
-    if not bool(info.any()) and math.isfinite(float(lower.sum())):
-        return lower
     scale = precision.diagonal(dim1=-2, dim2=-1).amax(dim=-1)
     jitter = precision.shape[-1] * torch.finfo(torch.float64).eps
-    eye = torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
+    eye = _eye(precision.shape[-1], precision.device)
     # From rounding level up to 1e-6: what needs more than that is a corrupt state, not rounding.
     while bool((info != 0).any()) and jitter < 1e-6:
         retried, retried_info = torch.linalg.cholesky_ex(precision + jitter * scale[:, None, None] * eye)
         failed = (info != 0)[:, None, None]
         lower, info = torch.where(failed, retried, lower), torch.where(info != 0, retried_info, info)
         jitter *= 10.0
-    # Depending on the backend a NaN passes the factorisation, so it is looked for in the result.
     broken = (info != 0) | ~lower.isfinite().flatten(1).all(dim=1)
     if bool(broken.any()):
         arm = int(broken.nonzero()[0])

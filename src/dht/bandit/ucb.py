@@ -38,7 +38,8 @@ def ucb_index(
         raise ValueError(f"posterior must have 2 targets (0 quality, 1 cost), got {posterior.num_targets}")
     if not (math.isfinite(alpha) and alpha >= 0.0):
         raise ValueError(f"alpha must be finite and >= 0, got {alpha}")
-    quality, cost, *_ = posterior.predict(context, arms).unbind(dim=-1)
+    phi = posterior._context(context)
+    quality, cost, *_ = posterior._predict(phi, arms).unbind(dim=-1)
     if isinstance(price, Tensor):
         rows = context.shape[0]
         if price.numel() != 1 and price.shape != (rows,):
@@ -46,7 +47,7 @@ def ucb_index(
         index = quality - price.detach().to(cost).reshape(-1, 1) * cost
     else:
         index = quality.sub(cost, alpha=price)
-    return index.add_(posterior.width(context, arms), alpha=alpha) if alpha else index
+    return index.add_(posterior._width(phi, arms), alpha=alpha) if alpha else index
 
 
 def choose(index: Tensor, allowed: Tensor | None = None) -> Tensor:
@@ -62,11 +63,11 @@ def choose(index: Tensor, allowed: Tensor | None = None) -> Tensor:
     if index.ndim != 2 or index.shape[1] < 1:
         raise ValueError(f"index must be [B, M] with M >= 1, got {list(index.shape)}")
     if allowed is None:
-        # Of equal values the first is taken, and a NaN counts as the largest.
+        # A NaN counts as the largest value; of equal ones the first is taken.
         best, arm = index.max(dim=1)
-        undefined = best.isnan()
-        if bool(undefined.any()):
-            raise NonFiniteError(f"row {int(undefined.nonzero()[0])}: the index of an allowed arm is NaN")
+        if math.isnan(float(best.sum())) and bool(best.isnan().any()):
+            row = int(best.isnan().nonzero()[0])
+            raise NonFiniteError(f"row {row}: the index of an allowed arm is NaN")
         return arm
     if allowed.dtype != torch.bool or allowed.shape not in (index.shape, index.shape[1:]):
         raise ValueError(f"allowed must be bool {list(index.shape)}, got {allowed.dtype} {list(allowed.shape)}")
