@@ -279,7 +279,9 @@ class LinearPosterior(nn.Module):
     def _inverse_factor(self) -> Tensor:
         # X L^T = I, so X^T = L^-1: solved from this side it comes out in the order in which `_width` reads it.
         lower = self._derived("factor").mT
-        return torch.linalg.solve_triangular(lower, _eye(self.num_features, lower.device), upper=True, left=False).mT
+        eye = _eye(self.num_features, lower.device)
+        transposed: Tensor = torch.linalg.solve_triangular(lower, eye, upper=True, left=False)
+        return transposed.mT
 
     def _mean(self) -> Tensor:
         return torch.cholesky_solve(self.moment, self._derived("factor"))
@@ -313,11 +315,8 @@ class LinearPosterior(nn.Module):
             age = torch.arange(rows - 1, -1, -1, dtype=torch.float64, device=w.device)
             w, keep = w * (self.forgetting**age).unsqueeze(-1), self.forgetting**rows
         share = w.unsqueeze(-1)
-        # All arms side by side: two wide products [F, B] @ [B, M F] and [F, B] @ [B, M O] instead of M small ones.
-        gram, moment = (
-            torch.add((phi.T @ (share * side).flatten(1)).view(old.shape[1], old.shape[0], -1).transpose(0, 1), old, alpha=keep)
-            for side, old in ((phi.unsqueeze(1), self.gram), (r, self.moment))
-        )
+        gram = _sums(phi, share * phi.unsqueeze(1)).add(self.gram, alpha=keep)
+        moment = _sums(phi, share * r).add(self.moment, alpha=keep)
         flat = phi.reshape(-1)
         # What is not finite spreads to the sums.
         total, squares = float(gram.sum() + moment.sum()), float(flat.dot(flat))
@@ -387,6 +386,13 @@ def _ridge_per_arm(ridge: float | Tensor, num_arms: int) -> Tensor:
     if bad:
         raise ValueError(f"ridge must be finite and > 0, got {bad[0]}")
     return values
+
+
+def _sums(phi: Tensor, sides: Tensor) -> Tensor:
+    """sum_b phi_b sides_bm^T for every arm, [M, F, S], from [B, F] and [B, M, S]."""
+    # Arms side by side: one wide product [F, B] @ [B, M S] instead of M small ones.
+    wide = phi.T @ sides.flatten(1)
+    return wide.view(phi.shape[1], *sides.shape[1:]).transpose(0, 1)
 
 
 def _refuse_bad_rows(phi: Tensor, w: Tensor, r: Tensor) -> None:
