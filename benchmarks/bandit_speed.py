@@ -33,6 +33,8 @@ NOISE = 0.1
 ALPHA = 0.1
 """Optimism of both UCBs, in the scale of the noise."""
 
+ONE_HOT = np.eye(ARMS)
+
 Decide = Callable[[np.ndarray], np.ndarray]
 Learn = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 
@@ -71,10 +73,10 @@ def _learning(posterior: LinearPosterior) -> Learn:
     """Two targets, as the policies have them (quality and cost); the second is zero here."""
 
     def learn(context: np.ndarray, arm: np.ndarray, reward: np.ndarray) -> None:
-        weight = torch.nn.functional.one_hot(torch.from_numpy(arm), ARMS).double()
-        target = torch.zeros(len(arm), ARMS, 2, dtype=torch.float64)
-        target[:, :, 0] = torch.from_numpy(reward)[:, None]
-        posterior.update(torch.from_numpy(context), weight, target)
+        target = np.zeros((len(arm), ARMS, 2))
+        target[:, :, 0] = reward[:, None]
+        weight = ONE_HOT[arm]
+        posterior.update(torch.from_numpy(context), torch.from_numpy(weight), torch.from_numpy(target))
 
     return learn
 

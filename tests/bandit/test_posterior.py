@@ -387,3 +387,74 @@ def test_wrong_target_of_a_sample() -> None:
 
 def test_repr_names_the_sizes() -> None:
     assert "num_arms=2, num_features=3, num_targets=1, forgetting=0.5" in repr(LinearPosterior(2, 3, forgetting=0.5))
+
+
+@pytest.mark.parametrize("forgetting", [1.0, 0.999])
+def test_a_long_stream_does_not_drift(forgetting: float) -> None:
+    # What is read after 2,000 updates, each read in between, is what the rows say when they are taken at once.
+    context, weight, target = random_rows(11, 6_000, 3, 7, 2)
+    stream = LinearPosterior(3, 7, 2, ridge=0.4, forgetting=forgetting)
+    for piece in zip(context.split(3), weight.split(3), target.split(3), strict=True):
+        stream.update(*piece)
+        stream.width(piece[0])
+        stream.predict(piece[0])
+    aged = weight * forgetting ** torch.arange(5_999, -1, -1, dtype=torch.float64)[:, None]
+    rewards = torch.where(weight.unsqueeze(-1) != 0, target, 0.0)
+    precision = 0.4 * np.eye(7) + np.einsum("bm,bf,bg->mfg", aged, context, context)
+    mean = np.linalg.solve(precision, np.einsum("bm,bf,bmo->mfo", aged, context, rewards))
+    query = context[:5].numpy()
+    width = np.sqrt(np.einsum("bf,mfg,bg->bm", query, np.linalg.inv(precision), query))
+    np.testing.assert_allclose(stream.mean(), mean, rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(stream.width(context[:5]), width, rtol=1e-10)
+    np.testing.assert_allclose(
+        stream.predict(context[:5]), np.einsum("bf,mfo->bmo", query, mean), rtol=1e-9, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("forgetting", [1.0, 0.9])
+@pytest.mark.parametrize(
+    ("arms", "features", "targets", "rows"), [(1, 1, 1, 1), (1, 5, 2, 3), (7, 1, 3, 2), (5, 13, 2, 31)]
+)
+def test_odd_sizes_equal_the_textbook(
+    textbook: type, forgetting: float, arms: int, features: int, targets: int, rows: int
+) -> None:
+    posterior = LinearPosterior(arms, features, targets, ridge=0.7, forgetting=forgetting)
+    book = textbook(arms, features, targets, np.full(arms, 0.7), forgetting)
+    for seed in range(3):
+        batch = random_rows(seed, rows, arms, features, targets)
+        posterior.update(*(values[:0] for values in batch))
+        posterior.update(*batch)
+        book.update(*(values.numpy() for values in batch))
+    np.testing.assert_allclose(posterior.gram, book.gram, rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(posterior.moment, book.moment, rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(posterior.pulls, book.pulls, rtol=1e-12)
+    np.testing.assert_allclose(posterior.mean(), book.mean(), rtol=1e-9, atol=1e-11)
+    query = random_rows(9, 4, arms, features, targets)[0]
+    np.testing.assert_allclose(posterior.width(query), book.width(query.numpy()), rtol=1e-9)
+    one = slice(arms - 1, arms)
+    np.testing.assert_allclose(posterior.width(query, one), book.width(query.numpy())[:, one], rtol=1e-9)
+
+
+@pytest.mark.parametrize("forgetting", [1.0, 0.9])
+def test_targets_that_nobody_reads_leave_no_trace(forgetting: float) -> None:
+    context, weight, target = random_rows(4, 9, 3, 4, 2)
+    unread, read = (LinearPosterior(3, 4, 2, forgetting=forgetting) for _ in range(2))
+    assert target.isnan().any()
+    unread.update(context, weight, target)
+    read.update(context, weight, target.nan_to_num(nan=5.0))
+    assert_same_statistics(unread, read, **EXACT)
+
+
+def test_a_context_whose_square_overflows_is_refused_even_where_no_arm_was_chosen() -> None:
+    posterior = LinearPosterior(2, 1)
+    with pytest.raises(ValueError, match="row 1: context has .* one whose square overflows float64"):
+        posterior.update(torch.tensor([[1.0], [1e200]], dtype=torch.float64), torch.zeros(2, 2), torch.zeros(2, 2))
+    assert posterior.clock.item() == 0
+
+
+def test_rows_are_not_bad_because_their_sum_overflows() -> None:
+    # Each square is finite, their sum over the rows is not, the statistics are: small weights see to it.
+    posterior = LinearPosterior(1, 1)
+    context = torch.full((4, 1), 1e154, dtype=torch.float64)
+    posterior.update(context, torch.full((4, 1), 1e-10), torch.zeros(4, 1))
+    np.testing.assert_allclose(posterior.gram.item(), 4e298, rtol=1e-6)

@@ -85,6 +85,11 @@ def test_forbidden_arms_are_never_chosen() -> None:
     assert choose(index, torch.tensor([False, True, True])).tolist() == [1, 1, 2]
 
 
+def test_infinite_indices_are_no_reason_to_complain() -> None:
+    inf = float("inf")
+    assert choose(torch.tensor([[0.0, inf, inf], [-inf, -inf, -inf]])).tolist() == [1, 0]
+
+
 def test_no_rows_no_choices() -> None:
     index = ucb_index(trained(), torch.zeros(0, 4), 1.0, 0.5)
     assert index.shape == (0, 3)

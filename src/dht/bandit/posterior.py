@@ -5,6 +5,7 @@ Shape letters: B rows, M arms, m selected arms, F features, O targets.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -95,9 +96,8 @@ class LinearPosterior(nn.Module):
     @property
     def precision(self) -> Tensor:
         """A = ridge I + gram, symmetric, float64 [M, F, F]."""
-        eye = torch.eye(self.num_features, dtype=torch.float64, device=self.gram.device)
         # A matrix product rounds (f, g) and (g, f) differently; the mean of both is symmetric to the bit.
-        return (self.gram + self.gram.mT) / 2 + self.ridge[:, None, None] * eye
+        return (self.gram + self.gram.mT) / 2 + self.ridge[:, None, None] * _eye(self.num_features, self.gram.device)
 
     def factor(self, arms: Arms = None) -> Tensor:
         """Lower Cholesky factors L with L L^T = A, float64 [m, F, F]; cached until the statistics change.
@@ -113,7 +113,6 @@ class LinearPosterior(nn.Module):
         """theta_hat = A^-1 moment, float64 [m, F, O]; cached until the statistics change."""
         return self._select(self._cached("mean"), arms)
 
-    @torch.no_grad()
     def predict(self, context: Tensor, arms: Arms = None) -> Tensor:
         """The expected targets of every row under every arm, theta_hat^T phi, float64 [B, m, O].
 
@@ -124,9 +123,8 @@ class LinearPosterior(nn.Module):
         Raises:
             ValueError: context is not [B, F].
         """
-        return torch.einsum("bf,mfo->bmo", self._context(context), self.mean(arms))
+        return self._predict(self._context(context), arms)
 
-    @torch.no_grad()
     def width(self, context: Tensor, arms: Arms = None) -> Tensor:
         """How uncertain the prediction is, sqrt(phi^T A^-1 phi), float64 [B, m], >= 0.
 
@@ -137,13 +135,8 @@ class LinearPosterior(nn.Module):
         Raises:
             ValueError: context is not [B, F].
         """
-        # ||L^-1 phi||: with L^-1 cached, a decision costs one matrix product and never subtracts.
-        inverse = self._select(self._cached("inverse_factor"), arms)
-        whitened: Tensor = inverse.flatten(0, 1) @ self._context(context).T
-        norm: Tensor = torch.linalg.vector_norm(whitened.view(*inverse.shape[:2], context.shape[0]), dim=1)
-        return norm.T
+        return self._width(self._context(context), arms)
 
-    @torch.no_grad()
     def sample(self, sigma: float, generator: torch.Generator, arms: Arms = None, target: int = 0) -> Tensor:
         """One joint draw theta_tilde ~ N(theta_hat, sigma^2 A^-1), float64 [m, F].
 
@@ -160,14 +153,13 @@ class LinearPosterior(nn.Module):
             raise ValueError(f"sigma must be finite and >= 0, got {sigma}")
         if not 0 <= target < self.num_targets:
             raise ValueError(f"target must be in [0, {self.num_targets}), got {target}")
-        inverse = self._select(self._cached("inverse_factor"), arms)
+        lower = self.factor(arms)
         # Drawn where the generator lives, so that the CPU and an accelerator explore alike.
-        noise = torch.randn(inverse.shape[:2], generator=generator, device=generator.device, dtype=torch.float64)
+        noise = torch.randn(*lower.shape[:2], 1, generator=generator, device=generator.device, dtype=torch.float64)
         # A^-1 = L^-T L^-1, so L^-T z has covariance A^-1.
-        spread = (inverse.mT @ noise.to(inverse.device).unsqueeze(-1)).squeeze(-1)
-        return self.mean(arms)[..., target] + sigma * spread
+        spread = torch.linalg.solve_triangular(lower.mT, noise.to(lower.device), upper=True).squeeze(-1)
+        return self.mean(arms)[..., target].add(spread, alpha=sigma)
 
-    @torch.no_grad()
     def update(self, context: Tensor, weight: Tensor, target: Tensor) -> None:
         """Returns nothing; adds weight[b, m] phi_b phi_b^T and weight[b, m] phi_b target[b, m]^T to every arm m.
 
@@ -198,25 +190,11 @@ class LinearPosterior(nn.Module):
             raise ValueError(f"target must be [B, M, O] = {expected}, got {list(target.shape)}")
         if rows == 0:
             return
-        r = torch.where((w != 0).unsqueeze(-1), r, 0.0)
-        _refuse_bad_rows(phi, w, r)
-
-        keep = 1.0
-        if self.forgetting < 1.0:
-            age = torch.arange(rows - 1, -1, -1, dtype=torch.float64, device=w.device)
-            w = w * (self.forgetting**age).unsqueeze(-1)
-            keep = self.forgetting**rows
-        weighted = w.T.unsqueeze(-1) * phi  # [M, B, F]
-        # In place: the buffers stay the tensors that a distributed wrapper or a shared-memory worker holds.
-        gram = (self.gram * keep).add_(weighted.mT @ phi)
-        moment = (self.moment * keep).add_(weighted.mT @ r.transpose(0, 1))
-        if not bool((gram.sum() + moment.sum()).isfinite()):
-            _refuse_overflow(gram, moment)
-        self.gram.copy_(gram)
-        self.moment.copy_(moment)
-        self.pulls.mul_(keep).add_(w.sum(dim=0))
-        self.clock.add_(rows)
-        self.invalidate()
+        if not self._add(phi, w, r):
+            # Something is amiss, or a target that nobody reads is not finite: looked at more closely only now.
+            r = torch.where((w != 0).unsqueeze(-1), r, 0.0)
+            _refuse_bad_rows(phi, w, r)
+            self._add(phi, w, r, sound=True)
 
     def snapshot(self) -> dict[str, Tensor]:
         """Copies of the statistics `gram`, `moment`, `pulls` and `clock`, for `delta_since` and `merge`."""
@@ -272,7 +250,6 @@ class LinearPosterior(nn.Module):
         """
         self._cache, self._cached_for = {}, []
 
-    @torch.no_grad()
     def _cached(self, name: str) -> Tensor:
         sources = (self.gram, self.moment, self.ridge)
         # Inference tensors have no version; what changes those (update, load, move) invalidates explicitly.
@@ -281,15 +258,79 @@ class LinearPosterior(nn.Module):
             old is new and then == now for (old, then), (new, now) in zip(self._cached_for, current, strict=True)
         )
         if not same:
-            lower = _cholesky(self.precision)
-            eye = torch.eye(self.num_features, dtype=lower.dtype, device=lower.device)
-            self._cache = {
-                "factor": lower,
-                "inverse_factor": torch.linalg.solve_triangular(lower, eye, upper=False),
-                "mean": torch.cholesky_solve(self.moment, lower),
-            }
-            self._cached_for = current
+            self._cache, self._cached_for = {}, current
+        return self._derived(name)
+
+    def _derived(self, name: str) -> Tensor:
+        if name not in self._cache:
+            self._cache[name] = getattr(self, f"_{name}")()
         return self._cache[name]
+
+    def _factor(self) -> Tensor:
+        # The factorisation reads the lower triangle alone, so nothing has to be symmetric to the bit.
+        precision = self.gram.clone()
+        precision.diagonal(dim1=1, dim2=2).add_(self.ridge[:, None])
+        lower: Tensor
+        lower, info = torch.linalg.cholesky_ex(precision)
+        # Depending on the backend a NaN passes the factorisation, so it is looked for in the result.
+        sound = not any(info.tolist()) and math.isfinite(float(lower.sum()))
+        return lower if sound else _repaired(self.precision)
+
+    def _inverse_factor(self) -> Tensor:
+        # X L^T = I, so X^T = L^-1: solved from this side it comes out in the order in which `_width` reads it.
+        lower = self._derived("factor").mT
+        eye = _eye(self.num_features, lower.device)
+        transposed: Tensor = torch.linalg.solve_triangular(lower, eye, upper=True, left=False)
+        return transposed.mT
+
+    def _mean(self) -> Tensor:
+        return torch.cholesky_solve(self.moment, self._derived("factor"))
+
+    def _weights(self) -> Tensor:
+        """The means as `_predict` multiplies with them, [F, M, O]."""
+        return self._derived("mean").transpose(0, 1).contiguous()
+
+    def _predict(self, phi: Tensor, arms: Arms) -> Tensor:
+        weights = self._cached("weights")
+        if arms is not None:
+            weights = weights[:, arms.to(weights.device) if isinstance(arms, Tensor) else arms]
+        return (phi @ weights.flatten(1)).view(phi.shape[0], weights.shape[1], self.num_targets)
+
+    def _width(self, phi: Tensor, arms: Arms) -> Tensor:
+        # ||L^-1 phi||: with L^-1 cached, a decision costs one matrix product and never subtracts. The norm runs over
+        # what lies side by side in memory: over strides it takes ten times as long.
+        inverse = self._select(self._cached("inverse_factor"), arms)
+        whitened = (phi @ inverse.flatten(0, 1).T).view(phi.shape[0], *inverse.shape[:2])
+        norm: Tensor = torch.linalg.vector_norm(whitened, dim=2)
+        return norm
+
+    def _add(self, phi: Tensor, w: Tensor, r: Tensor, sound: bool = False) -> bool:
+        """Whether the rows were added: not if a value is out of bounds, unless the rows are known to be `sound`.
+
+        Raises:
+            NonFiniteError: sound rows whose sum overflows.
+        """
+        rows, keep, least = phi.shape[0], 1.0, w.amin()
+        if self.forgetting < 1.0:
+            age = torch.arange(rows - 1, -1, -1, dtype=torch.float64, device=w.device)
+            w, keep = w * (self.forgetting**age).unsqueeze(-1), self.forgetting**rows
+        share = w.unsqueeze(-1)
+        gram = _sums(phi, share * phi.unsqueeze(1)).add(self.gram, alpha=keep)
+        moment = _sums(phi, share * r).add(self.moment, alpha=keep)
+        flat = phi.reshape(-1)
+        # What is not finite spreads to the sums.
+        total, squares = float(gram.sum() + moment.sum()), float(flat.dot(flat))
+        if not (math.isfinite(total) and math.isfinite(squares) and float(least) >= 0):
+            if not sound:
+                return False
+            _refuse_overflow(gram, moment)
+        # In place: the buffers stay the tensors that a distributed wrapper or a shared-memory worker holds.
+        self.gram.copy_(gram)
+        self.moment.copy_(moment)
+        self.pulls.copy_(w.sum(dim=0).add(self.pulls, alpha=keep))
+        self.clock.add_(rows)
+        self.invalidate()
+        return True
 
     def _select(self, values: Tensor, arms: Arms) -> Tensor:
         if arms is None:
@@ -347,6 +388,13 @@ def _ridge_per_arm(ridge: float | Tensor, num_arms: int) -> Tensor:
     return values
 
 
+def _sums(phi: Tensor, sides: Tensor) -> Tensor:
+    """sum_b phi_b sides_bm^T for every arm, [M, F, S], from [B, F] and [B, M, S]."""
+    # Arms side by side: one wide product [F, B] @ [B, M S] instead of M small ones.
+    wide = phi.T @ sides.flatten(1)
+    return wide.view(phi.shape[1], *sides.shape[1:]).transpose(0, 1)
+
+
 def _refuse_bad_rows(phi: Tensor, w: Tensor, r: Tensor) -> None:
     bad_context = ~phi.square().sum(dim=1).isfinite()
     bad_weight = ~(w.isfinite() & (w >= 0)).all(dim=1)
@@ -371,20 +419,26 @@ def _refuse_overflow(gram: Tensor, moment: Tensor) -> None:
         raise NonFiniteError(f"arm {arm}: the sum of its rows overflows float64; scale contexts and targets down")
 
 
-def _cholesky(precision: Tensor) -> Tensor:
+@functools.cache
+def _eye(size: int, device: torch.device) -> Tensor:
+    # An ordinary tensor, whatever mode the first caller is in.
+    with torch.inference_mode(False):
+        return torch.eye(size, dtype=torch.float64, device=device)
+
+
+def _repaired(precision: Tensor) -> Tensor:
     """Lower factors of [M, F, F]; escalating jitter, relative to each arm's largest diagonal entry, where it fails."""
     lower: Tensor
     lower, info = torch.linalg.cholesky_ex(precision)
     scale = precision.diagonal(dim1=-2, dim2=-1).amax(dim=-1)
     jitter = precision.shape[-1] * torch.finfo(torch.float64).eps
-    eye = torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
+    eye = _eye(precision.shape[-1], precision.device)
     # From rounding level up to 1e-6: what needs more than that is a corrupt state, not rounding.
     while bool((info != 0).any()) and jitter < 1e-6:
         retried, retried_info = torch.linalg.cholesky_ex(precision + jitter * scale[:, None, None] * eye)
         failed = (info != 0)[:, None, None]
         lower, info = torch.where(failed, retried, lower), torch.where(info != 0, retried_info, info)
         jitter *= 10.0
-    # Depending on the backend a NaN passes the factorisation, so it is looked for in the result.
     broken = (info != 0) | ~lower.isfinite().flatten(1).all(dim=1)
     if bool(broken.any()):
         arm = int(broken.nonzero()[0])

@@ -14,7 +14,6 @@ from dht.bandit.posterior import Arms, LinearPosterior
 from dht.errors import NonFiniteError
 
 
-@torch.no_grad()
 def sample_scores(
     posterior: LinearPosterior, context: Tensor, sigma: float, generator: torch.Generator, arms: Arms = None
 ) -> Tensor:

@@ -14,7 +14,6 @@ from dht.bandit.posterior import Arms, LinearPosterior
 from dht.errors import NonFiniteError
 
 
-@torch.no_grad()
 def ucb_index(
     posterior: LinearPosterior, context: Tensor, alpha: float, price: float | Tensor, arms: Arms = None
 ) -> Tensor:
@@ -39,14 +38,16 @@ def ucb_index(
         raise ValueError(f"posterior must have 2 targets (0 quality, 1 cost), got {posterior.num_targets}")
     if not (math.isfinite(alpha) and alpha >= 0.0):
         raise ValueError(f"alpha must be finite and >= 0, got {alpha}")
-    quality, cost = posterior.predict(context, arms)[..., :2].unbind(dim=-1)
+    phi = posterior._context(context)
+    quality, cost, *_ = posterior._predict(phi, arms).unbind(dim=-1)
     if isinstance(price, Tensor):
         rows = context.shape[0]
         if price.numel() != 1 and price.shape != (rows,):
             raise ValueError(f"price must have one element or shape [B] = [{rows}], got {list(price.shape)}")
-        price = price.detach().to(cost).reshape(-1, 1)
-    index = quality - price * cost
-    return index + alpha * posterior.width(context, arms) if alpha else index
+        index = quality - price.detach().to(cost).reshape(-1, 1) * cost
+    else:
+        index = quality.sub(cost, alpha=price)
+    return index.add_(posterior._width(phi, arms), alpha=alpha) if alpha else index
 
 
 def choose(index: Tensor, allowed: Tensor | None = None) -> Tensor:
@@ -62,11 +63,12 @@ def choose(index: Tensor, allowed: Tensor | None = None) -> Tensor:
     if index.ndim != 2 or index.shape[1] < 1:
         raise ValueError(f"index must be [B, M] with M >= 1, got {list(index.shape)}")
     if allowed is None:
-        undefined = index.isnan()
-        if bool(undefined.any()):
-            row = int(undefined.any(dim=1).nonzero()[0])
+        # A NaN counts as the largest value; of equal ones the first is taken.
+        best, arm = index.max(dim=1)
+        if math.isnan(float(best.sum())) and bool(best.isnan().any()):
+            row = int(best.isnan().nonzero()[0])
             raise NonFiniteError(f"row {row}: the index of an allowed arm is NaN")
-        return (index == index.amax(dim=1, keepdim=True)).to(torch.uint8).argmax(dim=1)
+        return arm
     if allowed.dtype != torch.bool or allowed.shape not in (index.shape, index.shape[1:]):
         raise ValueError(f"allowed must be bool {list(index.shape)}, got {allowed.dtype} {list(allowed.shape)}")
     permitted = allowed.to(index.device).expand(index.shape)
