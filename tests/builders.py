@@ -38,7 +38,7 @@ def plain_model(family: str, seed: int = 0, **changes):
 
 def dynamic_model(family: str = "bert", seed: int = 0, **settings) -> DHTForSequenceClassification:
     """A small dynamic model; `family` "dht" is the pre-norm preset."""
-    settings = {"widths": [2, 4, 5], "wide_from": 3, "context_projection": 3} | settings
+    settings = {"widths": [2, 4, 5], "wide_from": 3, "context_projection": 3, "train_widths": "all"} | settings
     torch.manual_seed(seed)
     if family == "dht":
         model = _spread(

@@ -62,8 +62,8 @@ def test_class_weights_weigh_rows_of_the_loss():
     trace = model(**rows).trace
     total, weight = torch.zeros(7), torch.zeros(7)
     for exit_ in trace.exits:
-        total[exit_.rows] += exit_.layer * F.cross_entropy(exit_.logits, rows["labels"][exit_.rows], reduction="none")
-        weight[exit_.rows] += exit_.layer
+        total[exit_.rows] += F.cross_entropy(exit_.logits, rows["labels"][exit_.rows], reduction="none")
+        weight[exit_.rows] += 1
     by_class = torch.tensor([0.5, 3.0, 0.0])
     weighted = SingleLabel(3, class_weights=tuple(by_class.tolist()))
     expected = (total / weight * by_class[rows["labels"]]).mean()
@@ -116,8 +116,8 @@ def test_earlier_exits_learn_from_the_last_one():
         for row, logits in zip(exit_.rows.tolist(), exit_.logits, strict=True):
             hard = -logits.log_softmax(-1)[labels[row]]
             soft = -(answers[row] * logits.log_softmax(-1)).sum()
-            total[row] += exit_.layer * (hard if exit_.layer == depth[row] else 0.75 * hard + 0.25 * soft)
-            weight[row] += exit_.layer
+            total[row] += (hard if exit_.layer == depth[row] else 0.75 * hard + 0.25 * soft)
+            weight[row] += 1
     loss = exit_loss(trace, labels, SingleLabel(3), 0.25)
     torch.testing.assert_close(loss, (total / weight).mean())
     assert loss.item() != exit_loss(trace, labels).item()

@@ -357,11 +357,12 @@ def spending_of(
     sample = forward(_sample(rows["train"], tokenizer, settings, CALIBRATION_BATCHES))
     per_epoch = math.ceil(math.ceil(len(rows["train"]) / (settings.batch_size * ranks())) / settings.accumulate)
     widths = config.widths or [cost.heads]
-    narrow = (widths[0] + widths[-1]) / 2 / cost.heads  # a probe, and the run that measures the prices
+    narrow = (widths[0] + widths[-1]) / 2 / cost.heads  # of a probe, about
+    passes = 1 + model.policy.chooses  # over the held-out rows when the weights are final
     return divide(
         settings.budget, settings.train_budget or settings.budget,
         epoch=epoch, epochs=settings.epochs, whole=math.ceil(per_epoch * settings.epochs),
-        fixed=(CALIBRATION * sample + 2 * narrow * held_out) * ranks(),
+        fixed=(CALIBRATION * sample + passes * narrow * held_out) * ranks(),
         surveys=config.exploration, probes=narrow / FEEDBACK_EVERY,
         imitates=_imitates(settings, model),
     )  # fmt: skip

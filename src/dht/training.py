@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .curve import measure_curve
+from .curve import keep_curve, measure_curve
 from .distributed import merge_policy, rank, ranks, total
 from .errors import NonFiniteError
 from .guarded import GuardedTrainer
@@ -246,15 +246,17 @@ def finish(trainer: DHTTrainer, batches: list[dict[str, Tensor]], budget: float,
         batches: held-out labelled rows.
         passes: probe passes over them.
     """
-    policy, contexts = trainer.dynamic.policy, []
+    policy, traces = trainer.dynamic.policy, []
     policy.restart()
     policy.expect_lengths(batches)
-    with torch.no_grad():
-        for _ in range(passes):
-            for batch in batches:
-                contexts.append(trainer.probe(batch).context)
-                policy.finish_step()
-        policy.fix_head_sets(torch.cat(contexts))
+    for _ in range(passes):
+        for batch in batches:
+            traces.append(trainer.probe(batch))
+            policy.finish_step()
+    policy.fix_head_sets(torch.cat([trace.context for trace in traces]))
     trainer._count_probes()
+    if not policy.chooses:  # the probes ran what is served
+        keep_curve(policy, traces, budget)
+        return
     with trainer.compute_loss_context_manager():
         trainer.ledger.executed += measure_curve(trainer.dynamic, batches, budget) * ranks()

@@ -25,7 +25,7 @@ def inputs_of(model, lengths=LENGTHS, seed=0):
 def reference_loss(exits, plan, labels):
     total, weight = torch.zeros(len(labels)), torch.zeros(len(labels))
     for index, logits in enumerate(exits):
-        passed = (plan.layers > index).float() * (index + 1)
+        passed = (plan.layers > index).float()
         total = total + passed * F.cross_entropy(logits, labels, reduction="none")
         weight = weight + passed
     return (total / weight).mean()

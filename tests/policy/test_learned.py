@@ -164,13 +164,15 @@ def test_sigma_and_head_sets_act():
     for sigma in (0.0, 5.0):
         model = taught(sigma=sigma)
         drawn = []
+        model.policy.price.fill_(-1.0)  # every row runs to the end
         for _ in range(5):
-            drawn.append(run(model, "probe")[0].trace.units)
+            drawn.append(run(model, "explore")[0].trace.units)
             model.policy.finish_step()
         plans[sigma] = drawn
-    narrow = [units[units.sum(-1) == 2].unique(dim=0) for units in plans[5.0]]
+    width = int(plans[0.0][0][0, 0].sum())
+    narrow = [units[units.sum(-1) == width].unique(dim=0) for units in plans[5.0]]
     assert len(torch.cat(narrow).unique(dim=0)) > 1, "a wide posterior draws different sets"
-    steady = torch.cat([units[:, 0][units[:, 0].sum(-1) == 2] for units in plans[0.0]])
+    steady = torch.cat([units[:, 0][units[:, 0].sum(-1) == width] for units in plans[0.0]])
     assert len(steady.unique(dim=0)) == 1, "without noise and knowledge of the units there is one set"
 
 

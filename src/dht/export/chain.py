@@ -17,7 +17,7 @@ from ..hf.modeling import DHTForSequenceClassification
 from ..onnx import CHAIN_FILE, CHAIN_VERSION, POLICY_FILE, ChainRunner
 from ..policy.integrated import IntegratedPolicy
 from ..policy.learned import LearnedPolicy
-from ..policy.tree import TreePolicy
+from ..policy.tree import CLOSED, TreePolicy
 from ..task import SingleLabel
 from .graphs import EmbeddingsGraph, LayerGraph
 from .onnx_file import TOLERANCE, latency_ms, sample_rows, write_onnx
@@ -64,14 +64,14 @@ def export_chain(
             states = EmbeddingsGraph(model.encoder)(**rows)
         files: list[list[str | None]] = []
         for layer in range(policy.layers):
-            narrowest = 0 if layer < policy.wide_from else len(policy.widths) - 1
-            names: list[str | None] = [None] * narrowest
-            for i, width in enumerate(policy.widths[narrowest:], start=narrowest):
+            names: list[str | None] = [None] * len(policy.widths)
+            for i in policy.offered(layer):
+                width = policy.widths[i]
                 name = f"layer_{layer + 1}_heads_{width}.onnx"
                 graph = LayerGraph(model.encoder, layer + 1, policy.head_sets[layer, i, 0])
                 inputs = {"states": states, "attention_mask": rows["attention_mask"]}
                 write_onnx(graph, inputs, ["next_states", "logits"], folder / name)
-                names.append(name)
+                names[i] = name
             files.append(names)
         tokenizer.save_pretrained(folder)
         save_file(_policy_arrays(policy), folder / POLICY_FILE)
@@ -139,4 +139,7 @@ def _grid(policy: IntegratedPolicy, target: int) -> Tensor:
     linear, square, sure = theta[:, policy.num_features :, None].unbind(1)
     weights[:, 0] += linear * share + square * share.square()
     weights[:, 2] += sure * share
+    closed = policy.closed(0)
+    weights[..., closed] = 0.0
+    weights[:, 0, closed] = 0.0 if target else CLOSED
     return weights.permute(1, 0, 2).flatten(1)

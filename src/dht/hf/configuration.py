@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from .._labels import EMBEDDING, REGRESSION, SINGLE, TOKEN
 from ..errors import ConfigError, shown
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of saved models; a larger number in a file means that a newer dht wrote it."""
 
 _WHOLE = {
@@ -61,8 +61,8 @@ class DHTConfig(PreTrainedConfig):
             the same share of the depth, and all H.
         wide_from: layers run before every layer offers only the widest of `widths`; None = a third of the depth, N =
             never (decision 6).
-        train_widths: "narrowest": where there is a choice, training rows run the narrowest width, and wider ones are
-            learned of from held-out rows and full steps; "all": training rows choose their width too (decision 6).
+        train_widths: "narrowest": where there is a choice, all rows run the narrowest width, in training and after it; "all":
+            every row chooses its width (decisions 6 and 14).
         context_projection: random directions of the mean embedding that the first decision sees; None = 8 in
             integrated search and 0 in tree search, whose first decision gains nothing by them.
         ridge: lambda, the prior precision of every arm.

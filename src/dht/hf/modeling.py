@@ -224,7 +224,7 @@ def _policy_state(path: str | Path, where: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def exit_loss(trace: Trace, labels: Tensor, task: Task = SINGLE_LABEL, distillation: float = 0.0) -> Tensor:
-    """Mean over rows of the loss of each row's visited exits, deeper exits weighing more (layer number).
+    """Mean over rows of the mean loss of each row's visited exits.
 
     Args:
         labels: [B, ...], as the task takes them.
@@ -236,16 +236,16 @@ def exit_loss(trace: Trace, labels: Tensor, task: Task = SINGLE_LABEL, distillat
     """
     task.check(labels, trace.logits)
     total = trace.exits[0].logits.new_zeros(labels.shape[0], dtype=torch.float32)
-    weight = torch.zeros_like(total)
+    passed = torch.zeros_like(total)
     answers = task.as_labels(trace.logits.detach()) if distillation else labels
     for exit_ in trace.exits:
         loss = task.losses(exit_.logits, labels[exit_.rows])
         if distillation:  # the last exit imitates nobody
             imitates = distillation * (trace.layers[exit_.rows] > exit_.layer)
             loss = loss.lerp(task.losses(exit_.logits, answers[exit_.rows]), imitates.to(loss.dtype))
-        total = total.index_add(0, exit_.rows, exit_.layer * loss)
-        weight = weight.index_add(0, exit_.rows, torch.full_like(loss, exit_.layer).detach())
-    return (total / weight).mean()
+        total = total.index_add(0, exit_.rows, loss)
+        passed = passed.index_add(0, exit_.rows, torch.ones_like(passed[exit_.rows]))
+    return (total / passed).mean()
 
 
 AutoConfig.register("dht", DHTConfig, exist_ok=True)

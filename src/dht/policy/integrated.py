@@ -54,7 +54,7 @@ class IntegratedPolicy(LearnedPolicy):
         wide = self._with_every_width(context)
         price = self._row_price(context, self._index_price(view)).repeat_interleave(count)
         index = ucb_index(self.numbers, wide, alpha, price).view(rows, count, self.layers)
-        index[:, len(self.offered(0)) :] = -torch.inf
+        index[:, self.closed(0)] = -torch.inf
         arm = choose(index.transpose(1, 2).flatten(1))
         if view.mode == "explore":
             arm = torch.where(self._carried_on(view), (self.layers - 1) * count + arm % count, arm)
@@ -68,7 +68,7 @@ class IntegratedPolicy(LearnedPolicy):
         context, count = trace.context[:, 0], len(self.widths)
         each = self._row_price(context, price).repeat_interleave(count)
         index = ucb_index(self.numbers, self._with_every_width(context), 0.0, each).view(-1, count, self.layers)
-        index[:, len(self.offered(0)) :] = -torch.inf
+        index[:, self.closed(0)] = -torch.inf
         arm = choose(index.transpose(1, 2).flatten(1))
         layer = torch.arange(self.layers, device=context.device)
         widths = torch.where(layer < self.wide_from, (arm % count)[:, None], count - 1)

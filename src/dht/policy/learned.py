@@ -64,7 +64,8 @@ class LearnedPolicy(Policy):
         self.alpha, self.sigma = config.alpha, config.sigma
         self.max_sets, self.seed = config.head_sets, config.policy_seed
         self.wide_from = self.layers if config.wide_from is None else config.wide_from
-        self.chooses = config.train_widths == "all"  # widths that no row trained with are not served either
+        # Widths that no row trained with are not served either; runs of format 1 were measured serving them.
+        self.chooses = config.train_widths == "all" or config.format_version < 2
         features = self.num_features + self.WIDTH_FEATURES
         self.numbers = LinearPosterior(num_arms, features, 2, config.ridge, config.forgetting)
         self.units = LinearPosterior(self.layers * self.heads, self.num_features, 1, config.ridge)
@@ -122,6 +123,11 @@ class LearnedPolicy(Policy):
         if layer >= self.wide_from:
             return range(len(self.widths) - 1, len(self.widths))
         return range(len(self.widths) if self.chooses else 1)
+
+    def closed(self, layer: int) -> list[int]:
+        """Indices into `widths` that layer `layer` + 1 may not run."""
+        offered = self.offered(layer)
+        return [i for i in range(len(self.widths)) if i not in offered]
 
     def width_at(self, layer: int, width: int) -> int:
         """Head units that a row of width `width` runs in layer `layer` + 1: all on offer from `wide_from` on."""
@@ -187,7 +193,8 @@ class LearnedPolicy(Policy):
     def _pick_sets(self, view: View, context: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
         """Head sets [G, H] and each row's choice [R], given each row's width index (-1 = stops).
 
-        Exploring: a joint posterior draw, then at most `max_sets` sets per width with the best sampled scores.
+        Exploring: a joint posterior draw, then at most `max_sets` sets per width with the best sampled scores. Probing:
+        the same with posterior means, which is what will be served.
         Exploiting: the kept sets and posterior means, so that a row's sets do not depend on the rest of its batch.
         """
         arms = self._units_of(view.layer)
@@ -197,7 +204,7 @@ class LearnedPolicy(Policy):
             return torch.ones(1, self.heads, dtype=torch.bool, device=device), width.clamp_max(0)
         if view.mode == "exploit" and self.max_sets == 1:
             return self.head_sets[view.layer, :, 0], width
-        if view.mode == "exploit":
+        if view.mode in ("exploit", "probe"):
             scores = mean_scores(self.units, context, arms)
         else:
             scores = sample_scores(self.units, context, self.sigma, self._generator(view.layer, 3), arms)

@@ -118,7 +118,7 @@ class TreePolicy(LearnedPolicy):
         weights[:, :, 0] += linear * share + square * share.square()
         weights[:, :, 2] += sure * share
         for layer in range(self.layers):
-            closed = self._closed(layer)
+            closed = self.closed(layer)
             weights[layer, ..., closed] = 0.0
             weights[layer, 0, 0, closed] = CLOSED
         both = torch.cat([stop[..., : self.num_features, None], weights], -1)
@@ -129,18 +129,13 @@ class TreePolicy(LearnedPolicy):
         rows, count = len(context), len(self.widths)
         wide, each = self._with_every_width(context), price.repeat_interleave(count)
         run = ucb_index(self.numbers, wide, alpha, each, slice(2 * layer + 1, 2 * layer + 2)).view(rows, count)
-        run[:, self._closed(layer)] = CLOSED
+        run[:, self.closed(layer)] = CLOSED
         if layer == 0:
             stop = torch.full_like(run[:, :1], -torch.inf)
         else:
             still = torch.nn.functional.pad(context, (0, self.WIDTH_FEATURES))
             stop = ucb_index(self.numbers, still, alpha, price, slice(2 * layer, 2 * layer + 1))
         return torch.cat([stop, run], 1)
-
-    def _closed(self, layer: int) -> list[int]:
-        """Widths that are not on offer in layer `layer` + 1."""
-        offered = self.offered(layer)
-        return [i for i in range(len(self.widths)) if i not in offered]
 
     @torch.no_grad()
     def restart(self) -> None:
