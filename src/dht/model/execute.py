@@ -1,13 +1,14 @@
 """The fast executor: runs, layer by layer, only the rows and head units that the policy picks.
 
-Rows that stop are dropped from the packed batch. The others are ordered by head set, so that every set is one
-contiguous group that runs as a dense block on sliced weights. `reference.py` is the plain version that the tests hold
+Rows that stop are dropped from the packed batch. The others are ordered by head set, unless they lie so already: every
+set is one contiguous group that runs as a dense block on sliced weights. `reference.py` is the plain version that the tests hold
 this against.
 """
 
 from __future__ import annotations
 
 import time
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,14 +78,16 @@ def execute(
             trace.decisions.append((packed.rows, decision))
         trace.policy_seconds += time.perf_counter() - started
 
-        choice = decision.choice
-        leaving, *counts = torch.bincount(choice + 1, minlength=decision.sets.shape[0] + 1).tolist()
-        if leaving or sum(count > 0 for count in counts) > 1:
-            order = choice.argsort(stable=True)
+        choice = decision.choice.tolist()
+        runs = _runs(choice)
+        if -1 in choice or len({i for i, _ in runs}) < len(runs):  # else the rows lie group by group as they are
+            order = decision.choice.argsort(stable=True)
+            runs = _runs(sorted(choice))
+            leaving = runs.pop(0)[1] if runs[0][0] < 0 else 0
             if leaving and logits is None:  # they were not read by the policy and still owe their exit
                 if layer == 0:
                     raise ValueError(
-                        f"row {int(packed.rows[choice < 0][0])}: a policy may not stop a row before layer 1"
+                        f"row {int(packed.rows[order[0]])}: a policy may not stop a row before layer 1"
                     )
                 left = packed.select(order[:leaving])
                 trace.exits.append(Exit(layer, left.rows, _exit(encoder, layer, left, keep)))
@@ -96,7 +99,7 @@ def execute(
             logits = None if logits is None else logits[order]
 
         sets = decision.sets.tolist()
-        used = [(i, tuple(h for h, on in enumerate(sets[i]) if on), count) for i, count in enumerate(counts) if count]
+        used = [(i, tuple(h for h, on in enumerate(sets[i]) if on), count) for i, count in runs]
         chosen = [None if len(units) == cost.heads else units for _, units, _ in used]
         taps: list[GateTap | None] = [None] * len(used)
         if tap_gates and used:
@@ -120,6 +123,11 @@ def execute(
     places = () if keep is None else keep.shape[1:]
     trace.logits = _answers(trace.exits, len(input_ids), packed.hidden.new_zeros(0, *places, cost.classes))
     return trace
+
+
+def _runs(choice: list[int]) -> list[tuple[int, int]]:
+    """(value, how often) of neighbours that are equal."""
+    return [(value, sum(1 for _ in run)) for value, run in groupby(choice)]
 
 
 def _exit(encoder: Encoder, layer: int, rows: Packed, keep: Tensor | None) -> Tensor:
