@@ -245,11 +245,10 @@ class Block(GradientCheckpointingLayer):
         layouts = rows.split([sum(groups[i].rows for i in band) for band in bands])
         mixed: list[Tensor] = []
         for band, layout in zip(bands, layouts, strict=True):
-            counts = [tokens[i] for i in band]
-            units = [groups[i].units for i in band]
-            qkv = joined(((parts[i], slices.of(QKV, u), slices.of(QKV_BIAS, u)) for i, u in zip(band, units)), counts)
+            counts, own = [tokens[i] for i in band], {i: groups[i].units for i in band}
+            qkv = joined(((parts[i], slices.of(QKV, u), slices.of(QKV_BIAS, u)) for i, u in own.items()), counts)
             shift = None if bias is None else self._bias_of(bias, [groups[i] for i in band])
-            mixed += _parts(self._mix(layout, qkv, slices.heads(units[0]), shift), counts)
+            mixed += _parts(self._mix(layout, qkv, slices.heads(own[band[0]]), shift), counts)
         return mixed
 
     @staticmethod
