@@ -31,7 +31,8 @@ class Decision:
         sets: bool [G, H], the distinct head sets to run in the next layer.
         choice: int64 [R], index into `sets` for each active row; -1 = the row stops here.
         arm: int64 [R], the numeric arm taken (policy bookkeeping); None for policies that do not learn.
-        context: float64 [R, F], what the decision saw; None for policies that do not learn.
+        context: float64 [R, F], what the decision saw, or the same in plain numbers where a tensor would take too long
+            to make; None for policies that do not learn.
         wants_stop: bool [R], True where the greedy rule would have stopped although the row runs on.
         lasting: True if later batches will ask for the same `sets`: their weights are then worth keeping sliced.
     """
@@ -39,7 +40,7 @@ class Decision:
     sets: Tensor
     choice: Tensor
     arm: Tensor | None = None
-    context: Tensor | None = None
+    context: Tensor | list[list[float]] | None = None
     wants_stop: Tensor | None = None
     lasting: bool = False
 
@@ -75,6 +76,10 @@ class Exit:
     layer: int
     rows: Tensor
     logits: Tensor
+
+
+def _as_tensor(context: Tensor | list[list[float]] | None) -> Tensor | None:
+    return torch.tensor(context, dtype=torch.float64) if isinstance(context, list) else context
 
 
 def _empty() -> Tensor:
@@ -236,7 +241,7 @@ class Trace:
     @property
     def context(self) -> Tensor:
         """float64 [B, N, F], what each decision saw; zeros where there was none."""
-        return self._table(lambda decision: decision.context, 0)
+        return self._table(lambda decision: _as_tensor(decision.context), 0)
 
     @property
     def wants_stop(self) -> Tensor:

@@ -256,13 +256,34 @@ def test_folded_greedy_weights_equal_the_index():
         for layer in range(3):
             plain = policy._index(layer, context, 0.0, price)[:, (1 if layer == 0 else 0) :]
             torch.testing.assert_close(policy._greedy(layer, context, price), plain)
-            policy.mean_tokens.fill_(20.0)
-            alone = [int(policy._greedy_of_one(layer, row, 0.3)) for row in context.split(1)]
-            together = policy._greedy(layer, context, policy._row_price(context, 0.3)).argmax(-1)
-            assert alone == together.tolist(), "one row decides as it does among others"
     policy.numbers.update(torch.ones(1, 14, dtype=torch.float64), torch.ones(1, 6), torch.ones(1, 6, 2))
     plain = policy._index(1, context, 0.0, price)
     torch.testing.assert_close(policy._greedy(1, context, price), plain, msg="kept weights follow the posterior")
+
+
+def test_one_row_decides_as_it_does_among_others():
+    """Alone it decides in plain numbers: the same arm, set, context and wish, also after everything has changed."""
+    model = taught(rounds=4, context_projection=0, head_sets=1).eval()
+    policy = model.policy
+    inputs = batch((3, 9, 4, 12, 7), seed=3)
+    del inputs["labels"]
+    seen = set()
+    for turn, price in enumerate((-0.2, 0.0, 0.05, 0.1, 0.3)):
+        policy.price.fill_(price)
+        policy.mean_tokens.fill_(6.0 * (turn % 2))
+        policy.numbers.update(torch.ones(1, 11, dtype=torch.float64), torch.ones(1, 6), torch.ones(1, 6, 2))
+        policy.head_sets.copy_(policy.head_sets.roll(1, -1))
+        with torch.no_grad():
+            together = model(**inputs).trace
+            for i, mask in enumerate(inputs["attention_mask"]):
+                alone = model(**{k: v[i : i + 1, : mask.sum()] for k, v in inputs.items()}).trace
+                assert isinstance(alone.decisions[0][1].context, list), "tensors were made for one row"
+                assert torch.equal(alone.arm[0], together.arm[i])
+                assert torch.equal(alone.wants_stop[0], together.wants_stop[i])
+                assert torch.equal(alone.units[0], together.units[i])
+                torch.testing.assert_close(alone.context[0], together.context[i], atol=1e-5, rtol=1e-5)
+                seen.add((int(alone.layers), int(alone.units.sum())))
+    assert len(seen) > 3, "rows that all do the same test little"
 
 
 @pytest.mark.parametrize("search", SEARCHES)

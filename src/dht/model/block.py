@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import DHTError
-from .linear import activated, dropout, linear
+from .linear import activated, dropout, joined, linear
 from .packed import Packed
 from .rotary import angles, rotate
 from .slices import DOWN, OUT, QKV, QKV_BIAS, UP, UP_BIAS, Given, Kept, Slices, Units
@@ -190,7 +190,7 @@ class Block(GradientCheckpointingLayer):
             weights = tuple(slices.units_of(place, group.units) for place in range(len(slices.stored)))
             shift = None if bias is None else self._bias_of(bias, [group])
             outputs.append(self._compiled(part, weights, shift, group.tap))
-        return _joined(outputs)
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _run_given(self, rows: Packed, weights: tuple[Tensor, ...], bias: Tensor | None, tap: GateTap | None) -> Tensor:
         """One group on weights that are sliced already: tensors in, tensors out."""
@@ -201,32 +201,32 @@ class Block(GradientCheckpointingLayer):
         hidden = rows.hidden
         source = self.attention_norm(hidden) if self.pre_norm else hidden
         mixed = self._attend(rows, source, groups, tokens, slices, bias)
-        projected = []
-        for group, part in zip(groups, mixed, strict=True):
-            part = self._listen(group, "attention", part, slices)
-            projected.append(linear(part, slices.of(OUT, group.units).t(), self.out_bias))
-        hidden = hidden + self._drop(_joined(projected))
+        projected = (
+            (self._listen(group, "attention", part, slices), slices.of(OUT, group.units).t(), self.out_bias)
+            for group, part in zip(groups, mixed, strict=True)
+        )
+        hidden = self._sum(hidden, joined(projected, tokens))
         if not self.pre_norm:
             hidden = self.attention_norm(hidden)
         source = self.ffn_norm(hidden) if self.pre_norm else hidden
-        narrowed = []
-        for group, part in zip(groups, _parts(source, tokens), strict=True):
-            inner = self._widen(part, group.units, slices)
-            if self.coupled:
-                inner = self._listen(group, "ffn", inner, slices)
-            narrowed.append(linear(inner, slices.of(DOWN, group.units).t(), self.down_bias))
-        hidden = hidden + self._drop(_joined(narrowed))
+        narrowed = (
+            (self._widen(part, group, slices), slices.of(DOWN, group.units).t(), self.down_bias)
+            for group, part in zip(groups, _parts(source, tokens), strict=True)
+        )
+        hidden = self._sum(hidden, joined(narrowed, tokens))
         return hidden if self.pre_norm else self.ffn_norm(hidden)
 
-    def _widen(self, source: Tensor, units: Units | None, slices: Slices | Given) -> Tensor:
+    def _widen(self, source: Tensor, group: Group, slices: Slices | Given) -> Tensor:
         """The FFN's inner activations of one group, [S, k * M/H]."""
-        weight, bias = slices.of(UP, units), slices.of(UP_BIAS, units)
-        if not self.gated:
-            return activated(source, weight, bias, self._activation, self.activation)
-        both = linear(source, weight, bias)
-        value, gate = both.unflatten(-1, (-1, 2, self.up_weight.shape[2])).unbind(2)
-        inner: Tensor = self.activation(value) * gate
-        return inner.flatten(1)
+        weight, bias = slices.of(UP, group.units), slices.of(UP_BIAS, group.units)
+        if self.gated:
+            both = linear(source, weight, bias)
+            value, gate = both.unflatten(-1, (-1, 2, self.up_weight.shape[2])).unbind(2)
+            inner: Tensor = self.activation(value) * gate
+            inner = inner.flatten(1)
+        else:
+            inner = activated(source, weight, bias, self._activation, self.activation)
+        return self._listen(group, "ffn", inner, slices) if self.coupled else inner
 
     def _attend(
         self,
@@ -245,12 +245,10 @@ class Block(GradientCheckpointingLayer):
         layouts = rows.split([sum(groups[i].rows for i in band) for band in bands])
         mixed: list[Tensor] = []
         for band, layout in zip(bands, layouts, strict=True):
-            qkv = [
-                linear(parts[i], slices.of(QKV, groups[i].units), slices.of(QKV_BIAS, groups[i].units)) for i in band
-            ]
+            counts, own = [tokens[i] for i in band], {i: groups[i].units for i in band}
+            qkv = joined(((parts[i], slices.of(QKV, u), slices.of(QKV_BIAS, u)) for i, u in own.items()), counts)
             shift = None if bias is None else self._bias_of(bias, [groups[i] for i in band])
-            whole = self._mix(layout, _joined(qkv), slices.heads(groups[band[0]].units), shift)
-            mixed += _parts(whole, [tokens[i] for i in band]) if len(band) > 1 else [whole]
+            mixed += _parts(self._mix(layout, qkv, slices.heads(own[band[0]]), shift), counts)
         return mixed
 
     @staticmethod
@@ -291,8 +289,12 @@ class Block(GradientCheckpointingLayer):
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         return dropout(scores.softmax(-1), self.attention_dropout).to(value.dtype) @ value
 
-    def _drop(self, hidden: Tensor) -> Tensor:
-        return dropout(hidden, self.dropout) if self.dropout and self.training else hidden
+    def _sum(self, hidden: Tensor, product: Tensor) -> Tensor:
+        """The residual sum; in the product's memory if no gradient needs it, which saves asking for more."""
+        if self.dropout and self.training:
+            product = dropout(product, self.dropout)
+        in_place = not torch.is_grad_enabled() and product.dtype == hidden.dtype
+        return product.add_(hidden) if in_place else hidden + product
 
     def _listen(self, group: Group, part: str, activation: Tensor, slices: Slices | Given) -> Tensor:
         if group.tap is None or not activation.requires_grad:
@@ -303,7 +305,3 @@ class Block(GradientCheckpointingLayer):
 
 def _parts(tokens: Tensor, counts: list[int]) -> Sequence[Tensor]:
     return tokens.split(counts) if len(counts) > 1 else (tokens,)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -1,13 +1,15 @@
 """The fast executor: runs, layer by layer, only the rows and head units that the policy picks.
 
-Rows that stop are dropped from the packed batch. The others are ordered by head set, so that every set is one
-contiguous group that runs as a dense block on sliced weights. `reference.py` is the plain version that the tests hold
-this against.
+Rows that stop are dropped from the packed batch. The others are ordered by head set, unless they lie so already: every
+set is one contiguous group that runs as a dense block on sliced weights. `reference.py` is the plain version that the
+tests hold this against.
 """
 
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,6 +66,8 @@ def execute(
     # Exits learn to stand alone; only what is served, or probed for it, adds up.
     remembers = encoder.exit_memory > 0 and mode in ("exploit", "probe") and not encoder.training
     keep = attention_mask.bool() if encoder.tags else None
+    # A choice has no gradient, and what a policy keeps may come from inference.
+    choosing = torch.no_grad if torch.is_grad_enabled() else nullcontext
     in_step = encoder.sharded  # every rank then has to call every block, if need be with no rows
 
     for layer in range(num_layers):
@@ -71,21 +75,23 @@ def execute(
             break
         started = time.perf_counter()
         view = View(layer, packed, logits, previous, input_ids, attention_mask, trace, mode)
-        with torch.no_grad():  # a choice has no gradient, and what a policy keeps may come from inference
+        with choosing():
             decision = policy.decide(view) if packed.rows.numel() else nobody(packed.rows, cost.heads)
         if learns and packed.rows.numel():
             trace.decisions.append((packed.rows, decision))
         trace.policy_seconds += time.perf_counter() - started
 
-        choice = decision.choice
-        leaving, *counts = torch.bincount(choice + 1, minlength=decision.sets.shape[0] + 1).tolist()
-        if leaving or sum(count > 0 for count in counts) > 1:
-            order = choice.argsort(stable=True)
+        choice = decision.choice.tolist()
+        runs = _runs(choice)
+        if logits is not None and not in_step and max(choice) < 0:
+            break  # all leave, and have their exits
+        if -1 in choice or len({i for i, _ in runs}) < len(runs):  # else the rows lie group by group as they are
+            order = decision.choice.argsort(stable=True)
+            runs = _runs(sorted(choice))
+            leaving = runs.pop(0)[1] if runs[0][0] < 0 else 0
             if leaving and logits is None:  # they were not read by the policy and still owe their exit
                 if layer == 0:
-                    raise ValueError(
-                        f"row {int(packed.rows[choice < 0][0])}: a policy may not stop a row before layer 1"
-                    )
+                    raise ValueError(f"row {int(packed.rows[order[0]])}: a policy may not stop a row before layer 1")
                 left = packed.select(order[:leaving])
                 trace.exits.append(Exit(layer, left.rows, _exit(encoder, layer, left, keep)))
                 account.left.append((left.rows, left.lengths, encoder.attends(layer)))
@@ -96,7 +102,7 @@ def execute(
             logits = None if logits is None else logits[order]
 
         sets = decision.sets.tolist()
-        used = [(i, tuple(h for h, on in enumerate(sets[i]) if on), count) for i, count in enumerate(counts) if count]
+        used = [(i, tuple(h for h, on in enumerate(sets[i]) if on), count) for i, count in runs]
         chosen = [None if len(units) == cost.heads else units for _, units, _ in used]
         taps: list[GateTap | None] = [None] * len(used)
         if tap_gates and used:
@@ -120,6 +126,11 @@ def execute(
     places = () if keep is None else keep.shape[1:]
     trace.logits = _answers(trace.exits, len(input_ids), packed.hidden.new_zeros(0, *places, cost.classes))
     return trace
+
+
+def _runs(choice: list[int]) -> list[tuple[int, int]]:
+    """(value, how often) of neighbours that are equal."""
+    return [(value, sum(1 for _ in run)) for value, run in groupby(choice)]
 
 
 def _exit(encoder: Encoder, layer: int, rows: Packed, keep: Tensor | None) -> Tensor:

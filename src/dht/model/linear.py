@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any
@@ -47,6 +47,40 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         product: Tensor = _Linear.apply(x, weight, bias)
         return product
     return _product(_rounded(x), weight, bias)[: len(x)]
+
+
+def joined(products: Iterable[tuple[Tensor, Tensor, Tensor | None]], counts: list[int]) -> Tensor:
+    """The products of several x, weight and bias, end to end, [S, N]; without gradients each is written to its place.
+
+    Args:
+        products: of each the arguments of `linear`; a weight is used before the next one is asked for.
+        counts: rows of each x.
+    """
+    if len(counts) == 1 or torch.is_grad_enabled():
+        parts = [linear(*each) for each in products]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+    places: Sequence[Tensor] = ()
+    for i, (x, weight, bias) in enumerate(products):
+        if not i:
+            product = linear(x, weight, bias)
+            whole = product.new_empty(sum(counts), product.shape[1])
+            places = whole.split(counts)
+            places[0].copy_(product)
+        elif bias is not None and _writes(x, weight, whole):
+            torch.addmm(bias, x, weight.t(), out=places[i])
+        else:
+            places[i].copy_(linear(x, weight, bias))
+    return whole
+
+
+def _writes(x: Tensor, weight: Tensor, out: Tensor) -> bool:
+    """True if torch's default runs and needs no cast: it can then write where it is told to."""
+    return (
+        isinstance(weight, Tensor)
+        and x.dtype == weight.dtype == out.dtype
+        and not torch.is_autocast_enabled(x.device.type)
+        and not _by_onednn(x, weight)
+    )
 
 
 def activated(
@@ -148,10 +182,10 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() > 0
-        and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and prefers_onednn()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
     )
 
 

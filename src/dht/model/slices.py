@@ -68,7 +68,7 @@ class Slices:
         stored = (block.qkv_weight, block.qkv_bias, block.out_weight, block.up_weight, block.up_bias, block.down_weight)
         self.lasting, self.kept, self.all_heads = lasting, block._kept, block.heads
         self.owned = len(stored) if block.coupled else UP
-        self.passing = _keeps_nothing(block)
+        self.passing, self.rooms = _keeps_nothing(block), dict[int, Tensor]()
         if not self.passing:
             self.kept.follow(stored)
             stored = self._as_autocast_wants(stored)
@@ -92,7 +92,9 @@ class Slices:
         if self.passing or not (self.lasting or isinstance(weight, Tensor)):  # an int8 weight knows no scratch memory
             return _flat(weight.index_select(0, index), place)
         if not self.lasting:
-            return _flat(_SCRATCH.take(weight, index, place), place)
+            if place not in self.rooms:
+                self.rooms[place] = _SCRATCH.room(weight, place)
+            return _flat(torch.index_select(weight, 0, index, out=self.rooms[place][: len(units)]), place)
         key = (place, units, weight.dtype)
         if key not in self.kept.slices:
             if len(self.kept.slices) >= KEPT_SLICES:
@@ -131,12 +133,12 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self.buffers: dict[tuple[object, ...], Tensor] = {}
 
-    def take(self, weight: Tensor, index: Tensor, place: int) -> Tensor:
-        """`weight[index]`, valid until the next call with this `place`."""
+    def room(self, weight: Tensor, place: int) -> Tensor:
+        """Memory of the size of `weight`, the same at every call with this `place`."""
         key = (place, weight.shape, weight.dtype, weight.device, torch.is_inference_mode_enabled())
         if key not in self.buffers:
             self.buffers[key] = torch.empty_like(weight)
-        return torch.index_select(weight, 0, index, out=self.buffers[key][: len(index)])
+        return self.buffers[key]
 
 
 _SCRATCH = _Scratch()

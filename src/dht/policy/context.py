@@ -52,7 +52,13 @@ def _features_of_few(view: View, rest: int, task: Task) -> Tensor:
     now = view.logits.tolist()
     then = [None] * len(now) if view.previous is None else view.previous.tolist()
     rows = [
-        [1.0, math.log(length) / LOG_LONGEST, *task.context_of_row(logits, previous)] + [0.0] * rest
+        features_of_row(length, logits, previous, task) + [0.0] * rest
         for logits, previous, length in zip(now, then, view.lengths.tolist(), strict=True)
     ]
     return torch.tensor(rows, dtype=torch.float64)
+
+
+def features_of_row(length: int, logits: list[float] | None, previous: list[float] | None, task: Task) -> list[float]:
+    """The context of one row without the projection's part, in plain numbers."""
+    seen = [0.0] * SEEN if logits is None else task.context_of_row(logits, previous)
+    return [1.0, math.log(length) / LOG_LONGEST, *seen]

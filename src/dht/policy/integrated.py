@@ -34,7 +34,7 @@ class IntegratedPolicy(LearnedPolicy):
     def decide(self, view: View) -> Decision:
         if view.layer:
             _, first = view.trace.decisions[0]  # of all rows, in their order
-            assert first.context is not None
+            assert isinstance(first.context, Tensor)
             assert first.arm is not None
             context, arm = first.context[view.rows], first.arm[view.rows]
         else:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from operator import mul
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..bandit.posterior import LinearPosterior
 from ..bandit.ucb import choose, ucb_index
 from ..plan import Decision, Trace
 from .base import View
-from .context import LOG_LONGEST
+from .context import EXIT_FEATURES, FEW, LOG_LONGEST, features_of_row
 from .learned import LearnedPolicy
 from .reward import returns
 
@@ -26,6 +27,24 @@ CLOSED = -1e30
 
 REPAIR = 0.4
 PRIOR_ROWS = 3000.0
+
+
+def _buffer(module: nn.Module, name: str) -> Tensor:
+    buffer: Tensor = module.__dict__["_buffers"][name]
+    return buffer
+
+
+class PlainLayer(NamedTuple):
+    """What one row's decision before a layer needs, for every arm on offer.
+
+    Attributes:
+        worth, cost: weights of the context's features, [arms][F].
+        choices: sets, choice, arm and wants_stop of the `Decision` for it.
+    """
+
+    worth: list[list[float]]
+    cost: list[list[float]]
+    choices: list[tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 class TreePolicy(LearnedPolicy):
@@ -44,15 +63,15 @@ class TreePolicy(LearnedPolicy):
         super().__init__(config, 2 * config.num_hidden_layers)
         self._kept_for: tuple[float, ...] = ()
         self._kept: list[Tensor] = []
+        self._plain: dict[int, PlainLayer] = {}
         object.__setattr__(self, "_believed", None)
 
     def decide(self, view: View) -> Decision:
+        if view.mode == "exploit" and view.rows.numel() == 1 and self._reads_plainly(view):
+            return self._decide_for_one(view)
         context = self._features(view)
-        if view.mode == "exploit" and len(context) == 1:
-            arm = self._greedy_of_one(view.layer, context, self._index_price(view))
-        else:
-            price = self._row_price(context, self._index_price(view))
-            arm = self._greedy(view.layer, context, price).argmax(-1)
+        price = self._row_price(context, self._index_price(view))
+        arm = self._greedy(view.layer, context, price).argmax(-1)
         if view.layer == 0:
             arm = arm + 1
         wants_stop = arm == 0
@@ -88,25 +107,56 @@ class TreePolicy(LearnedPolicy):
         worth, cost = both.tensor_split(2, 1)
         return worth - price[:, None] * cost
 
-    def _greedy_of_one(self, layer: int, context: Tensor, price: float) -> Tensor:
-        """int64 [1], the best arm of one row: half a dozen numbers, fewer than tensor operations would be."""
-        both = (context @ self._greedy_weights(layer))[0].tolist()
-        mean, half = float(self.mean_tokens), len(both) // 2
+    def _reads_plainly(self, view: View) -> bool:
+        """True if a row's decision is a few dozen plain numbers, fewer than tensor operations would be worth."""
+        few = view.logits is None or view.logits.numel() <= FEW
+        plain = self.task.reads_rows and self.max_sets == 1 and self.num_features == EXIT_FEATURES
+        return few and plain and view.rows.is_cpu
+
+    def _decide_for_one(self, view: View) -> Decision:
+        """What `decide` says of a single row.
+
+        Between two layers caches are cold, and everything touched counts: buffers are fetched without the module's
+        `__getattr__`, and the tensors of a decision are made when its layer is first asked for.
+        """
+        logits = None if view.logits is None else view.logits.tolist()[0]
+        previous = None if view.previous is None else view.previous.tolist()[0]
+        phi = features_of_row(view.packed.max_length, logits, previous, self.task)
+        price, mean = _buffer(self, "price").item(), _buffer(self, "mean_tokens").item()
         if mean:
-            price *= math.exp(float(context[0, 1]) * LOG_LONGEST) / mean
-        index = [worth - price * cost for worth, cost in zip(both[:half], both[half:], strict=True)]
-        return torch.tensor([index.index(max(index))], device=context.device)
+            price = math.exp(phi[1] * LOG_LONGEST) * (price / mean)
+        layer = self._plain_layer(view.layer)
+        index = [
+            sum(map(mul, phi, worth)) - price * sum(map(mul, phi, cost))
+            for worth, cost in zip(layer.worth, layer.cost, strict=True)
+        ]
+        sets, choice, arm, wants_stop = layer.choices[index.index(max(index))]
+        return Decision(sets, choice, arm, [phi], wants_stop, lasting=True)
+
+    def _plain_layer(self, layer: int) -> PlainLayer:
+        weights = self._greedy_weights(layer)
+        if layer not in self._plain:
+            worth, cost = weights.T.tensor_split(2)
+            first = int(layer == 0)  # no stopping
+            choices = []
+            for arm in range(first, len(worth) + first):
+                runs = torch.tensor([0 if arm else -1])
+                units = self.head_sets[layer, max(arm - 1, 0), 0].clone()
+                choices.append((units[None], runs, torch.tensor([arm]), runs < 0))
+            self._plain[layer] = PlainLayer(worth.tolist(), cost.tolist(), choices)
+        return self._plain[layer]
 
     def _greedy_weights(self, layer: int) -> Tensor:
         """float64 [F, 2 * (1 + K)] (before layer 1: [F, 2 * K]): context times this is each quality, then each cost.
 
         The features of a width are the constant, or the confidence, times a number: they fold into the weights of those
-        two. Kept until the posterior changes.
+        two. Kept until the posterior, or the head sets, change.
         """
-        numbers = self.numbers
-        now = (numbers.moment.data_ptr(), numbers.moment._version, numbers.gram._version)
+        numbers = self.__dict__["_modules"]["numbers"]
+        moment, gram, sets = _buffer(numbers, "moment"), _buffer(numbers, "gram"), _buffer(self, "head_sets")
+        now = (moment.data_ptr(), moment._version, gram._version, sets.data_ptr(), sets._version)
         if self._kept_for != now:
-            self._kept_for, self._kept = now, self._weights_of_all_layers()
+            self._kept_for, self._kept, self._plain = now, self._weights_of_all_layers(), {}
         return self._kept[layer]
 
     def _weights_of_all_layers(self) -> list[Tensor]:

@@ -70,7 +70,7 @@ class SingleLabel(Task):
     def context_of_row(self, logits: list[float], previous: list[float] | None) -> list[float]:
         probs, answer = _softmax(logits)
         sure, second = sorted(probs)[:-3:-1]
-        entropy = -sum(p * math.log(p) for p in probs if p > 0.0) / math.log(len(probs))
+        entropy = -sum([p * math.log(p) for p in probs if p > 0.0]) / math.log(len(probs))
         same = before = 0.0
         if previous is not None:
             others, other = _softmax(previous)
