@@ -116,7 +116,7 @@ def test_earlier_exits_learn_from_the_last_one():
         for row, logits in zip(exit_.rows.tolist(), exit_.logits, strict=True):
             hard = -logits.log_softmax(-1)[labels[row]]
             soft = -(answers[row] * logits.log_softmax(-1)).sum()
-            total[row] += (hard if exit_.layer == depth[row] else 0.75 * hard + 0.25 * soft)
+            total[row] += hard if exit_.layer == depth[row] else 0.75 * hard + 0.25 * soft
             weight[row] += 1
     loss = exit_loss(trace, labels, SingleLabel(3), 0.25)
     torch.testing.assert_close(loss, (total / weight).mean())

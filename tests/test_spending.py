@@ -39,7 +39,7 @@ def cut():
     model = dynamic_model()
     sets = torch.zeros(3, 5, dtype=torch.bool)
     sets[0, [0, 2]] = sets[1, [1, 2, 4]] = True
-    inputs = [{k: v for k, v in batch(seed=i).items()} for i in range(2)]
+    inputs = [batch(seed=i) for i in range(2)]
     return model, sets, inputs
 
 

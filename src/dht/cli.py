@@ -116,7 +116,8 @@ def train(
     seed: Seed = 0,
     batch_size: BatchSize = 32,
     lr: Annotated[
-        float, typer.Option(help="Peak learning rate of the dense model; it decays linearly to 0. Narrow layers: up to 2x.")
+        float,
+        typer.Option(help="Peak learning rate, decaying linearly to 0; up to twice that for narrow layers."),
     ] = 1e-4,
     max_length: MaxLength = 128,
     device: Device = "auto",
@@ -153,7 +154,8 @@ def train(
 
     settings = TrainSettings(
         data=data, model=model, out=out, budget=budget, train_budget=train_budget, search=search, ffn=ffn,
-        epochs=epochs, seed=seed, batch_size=batch_size, lr=lr, max_length=max_length, device=device, dtype=dtype, accumulate=accumulate,
+        epochs=epochs, seed=seed, batch_size=batch_size, lr=lr, max_length=max_length, device=device, dtype=dtype,
+        accumulate=accumulate,
         warm_start=warm_start, settle=settle, save_every=save_every, text_column=text_column,
         label_column=label_column, class_weights=class_weights, task=task, dense=dense,
         limit=listed_numbers("--limit", limit, int) if limit else None,

@@ -30,13 +30,13 @@ class TrainSettings:
         model: embedded name, folder or Hub id of an encoder (`dht.hf.families`), or a preset (`preset:small`).
         out: folder that the run is written to.
         budget: target mean FLOPs at inference as a fraction of the dense model's, in (0, 1].
-        train_budget: FLOPs of the whole training, all of it counted, as a fraction of dense training for `epochs`; None =
-            `budget`. It is met by taking fewer steps, over which the learning rate decays.
+        train_budget: FLOPs of the whole training, all of it counted, as a fraction of dense training for `epochs`; None
+            = `budget`. It is met by taking fewer steps, over which the learning rate decays.
         search: "tree" or "integrated". ffn: "coupled" or "dense".
         epochs: passes over the training split that dense training takes; `train_budget` is a share of their FLOPs.
         seed, batch_size: as usual.
-        lr: peak of a linear decay, as for the dense model; where layers run K of H head units it is times H / K, at most
-            `FASTEST` times.
+        lr: peak of a linear decay, as for the dense model; where layers run K of H head units it is times H / K, at
+            most `FASTEST` times.
         max_length: tokens a text is cut to.
         device: "auto", "cpu" or "cuda". dtype: "float32" or "bfloat16" (autocast).
         accumulate: batches per optimizer step.

@@ -1,4 +1,4 @@
-"""How a training divides its budget of FLOPs: calibration, imitation, steps and held-out rows, known before it begins."""
+"""How a training divides its budget of FLOPs: calibration, imitation, steps, held-out rows; known beforehand."""
 
 from __future__ import annotations
 

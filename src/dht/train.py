@@ -346,7 +346,7 @@ def spending_of(
     rows: Rows,
     feedback: Sequence[dict[str, Tensor]],
 ) -> Spending:
-    """How this training divides its budget: from the lengths of its rows alone, so that a resumed run finds the same."""
+    """How this training divides its budget: from its rows' lengths alone, so that a resumed run finds the same."""
     cost, config = model.encoder.cost, model.config
 
     def forward(batches: Iterable[dict[str, Tensor]]) -> float:

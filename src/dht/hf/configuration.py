@@ -61,8 +61,8 @@ class DHTConfig(PreTrainedConfig):
             the same share of the depth, and all H.
         wide_from: layers run before every layer offers only the widest of `widths`; None = a third of the depth, N =
             never (decision 6).
-        train_widths: "narrowest": where there is a choice, all rows run the narrowest width, in training and after it; "all":
-            every row chooses its width (decisions 6 and 14).
+        train_widths: "narrowest": where there is a choice, all rows run the narrowest width, in training and after it;
+            "all": every row chooses its width (decisions 6 and 14).
         context_projection: random directions of the mean embedding that the first decision sees; None = 8 in
             integrated search and 0 in tree search, whose first decision gains nothing by them.
         ridge: lambda, the prior precision of every arm.
