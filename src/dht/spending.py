@@ -9,7 +9,7 @@ STEP = 1.4
 """What a step spends, in units of the budget: fewer steps that run deeper teach more than many shallow ones
 (decision 14)."""
 
-IMITATION = 0.1
+IMITATION = 0.18
 """Share of the training budget that narrow layers imitate themselves for, at most; no more than the steps get."""
 
 FEWEST = 0.15

@@ -137,7 +137,7 @@ def test_from_wide_from_on_a_layer_offers_the_widest_only(search):
         assert set(units[:, 0].tolist()) <= {2, 4}
     assert model.policy.sets_of(2).sum(-1).tolist() == [2, 4, 4]
     assert dynamic_model(widths=[2, 5]).config.wide_from == 3, "the builder's own"
-    assert DHTConfig(num_hidden_layers=6).wide_from == 2
+    assert DHTConfig(num_hidden_layers=6).wide_from == 4
 
 
 @pytest.mark.parametrize("search", SEARCHES)

@@ -59,8 +59,8 @@ class DHTConfig(PreTrainedConfig):
         ffn: "coupled" (a head unit carries 1/H of the FFN) or "dense" (attention heads alone).
         widths: ascending numbers of head units to choose among; None = from the budget B: K = H sqrt(B), which leaves
             the same share of the depth, and all H.
-        wide_from: layers run before every layer offers only the widest of `widths`; None = a third of the depth, N =
-            never (decision 6).
+        wide_from: layers run before every layer offers only the widest of `widths`; None = two thirds of the depth,
+            N = never (decisions 6 and 14).
         train_widths: "narrowest": where there is a choice, all rows run the narrowest width, in training and after it;
             "all": every row chooses its width (decisions 6 and 14).
         context_projection: random directions of the mean embedding that the first decision sees; None = 8 in
@@ -156,7 +156,7 @@ class DHTConfig(PreTrainedConfig):
             even = round(heads * math.sqrt(min(max(self.budget, 0.0), 1.0)))
             self.widths = sorted({max(1, even), heads})
         if self.wide_from is None:
-            self.wide_from = math.ceil(self.num_hidden_layers / 3)
+            self.wide_from = math.ceil(2 * self.num_hidden_layers / 3)
         super().__post_init__(**kwargs)
 
     @property
