@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SOURCE = ROOT / "benchmarks" / "results" / "sst2.json"
+SOURCE = ROOT / "benchmarks" / "results" / "compare_sst2.json"
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 COLUMNS = (
     ("test accuracy", "accuracy", 100),
@@ -18,31 +18,42 @@ COLUMNS = (
     ("training FLOPs", "train_flops_fraction", 1),
     ("training seconds", "train_time_fraction", 1),
 )
+METHODS = {
+    "dense": "dense",
+    "dht": "**dht**",
+    "random": "blind dealing, same weights",
+    "confidence-same": "confidence threshold, same weights",
+    "static": "static sub-network, trained alone",
+    "confidence-pruned": "pruned multi-exit network, confidence threshold",
+}
 
 
 def block(result: dict) -> str:
     """The markdown between the markers."""
-    setting = result["setting"]
+    settings, versions = result["settings"], result["rows"][0]["versions"]
+    found = {(entry["method"], entry["budget"]): entry for entry in result["summary"]}
     lines = [
-        f"`{setting['data']}` sentences, `{setting['model']}`, 3 epochs, batch 32, float32, {setting['threads']}"
-        f" thread(s), torch {setting['torch']}. Seeds {setting['seeds'][0]} to {setting['seeds'][-1]}: mean ±"
-        " half width of the 95% interval (no ± where there is one seed). FLOPs and seconds are fractions of dense.",
+        f"`{settings['data']}` sentences, `{settings['model']}`, dense for {settings['epochs']:g} epochs, batch"
+        f" {settings['batch_size']}, {settings['dtype']}, one thread, torch {versions['torch']}. Mean ± half width of the"
+        " 95% interval over seeds (their number in brackets); costs are fractions of dense, all of training counted.",
         "",
-        "| | " + " | ".join(title for title, _, _ in COLUMNS) + " |",
-        "|---|" + "---|" * len(COLUMNS),
+        "| budget | | " + " | ".join(title for title, _, _ in COLUMNS) + " |",
+        "|---|---|" + "---|" * len(COLUMNS),
     ]
-    for name, fields in result["results"].items():
-        cells = [_cell(fields.get(field), scale) for _, field, scale in COLUMNS]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"Measured with `{result['command']}`."])
+    for budget in sorted({budget for _, budget in found}, reverse=True):
+        for method, label in METHODS.items():
+            if entry := found.get((method, budget)):
+                cells = [_cell(entry, field, scale) for _, field, scale in COLUMNS]
+                lines.append(f"| {budget:.2f} | {label} ({len(entry['seeds'])}) | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
-def _cell(field: dict | None, scale: int) -> str:
-    if field is None:
+def _cell(entry: dict, field: str, scale: int) -> str:
+    mean, half = entry[field], entry[f"{field}_ci"]
+    if mean is None:
         return "–"
     digits = 1 if scale == 100 else 2
-    half = f" ± {scale * field['ci95']:.{digits}f}" if field["ci95"] is not None else ""
-    return f"{scale * field['mean']:.{digits}f}{half}"
+    return f"{scale * mean:.{digits}f}" + (f" ± {scale * half:.{digits}f}" if half is not None else "")
 
 
 def main() -> None:

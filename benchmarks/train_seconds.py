@@ -69,7 +69,7 @@ def main() -> None:
         rows, result = [], {}
         for budget in map(float, asked.budgets.split(",")):
             fitted = fit(replace(base, budget=budget), overwrite=True)
-            rows.append({"budget": budget, "steps": fitted.steps, **fitted.report})
+            rows.append({"budget": budget, "steps": fitted.steps, "dense_steps": fitted.dense_steps, **fitted.report})
         recipe = arguments(base, Path(folder) / "dense")
         plain = AutoModelForSequenceClassification.from_pretrained(
             model_folder(asked.model), num_labels=len(fitted.data.label_names)
@@ -83,7 +83,7 @@ def main() -> None:
         result["own_dense_step_seconds"] = timed(own, asked.steps)
     for row in rows:
         for name in ("transformers", "own_dense"):
-            row[f"fraction_of_{name}"] = row["train_seconds"] / (row["steps"] * result[f"{name}_step_seconds"])
+            row[f"fraction_of_{name}"] = row["train_seconds"] / (row["dense_steps"] * result[f"{name}_step_seconds"])
         took = f"{row['train_seconds']:.0f} s for {row['train_flops_fraction']:.3f} of the training FLOPs"
         against = (
             f"{row['fraction_of_transformers']:.3f} of transformers, {row['fraction_of_own_dense']:.3f} of our dense"

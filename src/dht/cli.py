@@ -92,7 +92,10 @@ def demo(
     from .demo import demo as run
     from .report.table import summary_table
 
-    settings = TrainSettings(data=data, model=model, out=out, budget=budget, epochs=epochs, seed=seed, task="single")
+    settings = TrainSettings(
+        data=data, model=model, out=out, budget=budget, epochs=epochs, seed=seed, task="single",
+        train_budget=max(budget, 0.5),  # a quarter of a single epoch would teach little
+    )  # fmt: skip
     rows = run(settings, overwrite=overwrite, say=_say)
     Console().print(summary_table(rows, title=f"{data} test split, {model}, budget {budget:g}"))
     _say(f"page: {out / 'page.html'}; model: {out / 'dht'}; try: echo 'what a film' | dht predict {out / 'dht'}")
