@@ -42,7 +42,7 @@ def small_settings(folder: Path, **changes: Any) -> TrainSettings:
         (folder / "data" / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     settings = TrainSettings(
         data=str(folder / "data"), model=str(folder / "encoder"), out=folder / "out", budget=0.4, epochs=2,
-        batch_size=16, lr=1e-3, max_length=32, device="cpu", save_every=4,
+        batch_size=16, lr=1e-3, max_length=32, device="cpu", save_every=4, train_budget=10.0,
     )  # fmt: skip
     return replace(settings, **changes)
 

@@ -52,6 +52,7 @@ class _DynamicEstimator(BaseEstimator):
         model: str = "minilm",
         *,
         budget: float = 0.26,
+        train_budget: float | None = None,
         search: str = "tree",
         ffn: str = "coupled",
         epochs: float = 3.0,
@@ -64,7 +65,7 @@ class _DynamicEstimator(BaseEstimator):
         random_state: int = 0,
         verbose: int = 0,
     ) -> None:
-        self.model, self.budget, self.search, self.ffn = model, budget, search, ffn
+        self.model, self.budget, self.train_budget, self.search, self.ffn = model, budget, train_budget, search, ffn
         self.epochs, self.batch_size, self.lr, self.max_length = epochs, batch_size, lr, max_length
         self.device, self.dtype = device, dtype
         self.validation_fraction, self.random_state, self.verbose = validation_fraction, random_state, verbose
@@ -157,9 +158,9 @@ class _DynamicEstimator(BaseEstimator):
 
     def _settings(self, out: Path) -> TrainSettings:
         return TrainSettings(
-            data="X", model=self.model, out=out, budget=self.budget, search=self.search, ffn=self.ffn,
-            epochs=self.epochs, seed=int(self.random_state), batch_size=self.batch_size, lr=self.lr,
-            max_length=self.max_length, device=self.device, dtype=self.dtype,
+            data="X", model=self.model, out=out, budget=self.budget, train_budget=self.train_budget,
+            search=self.search, ffn=self.ffn, epochs=self.epochs, seed=int(self.random_state),
+            batch_size=self.batch_size, lr=self.lr, max_length=self.max_length, device=self.device, dtype=self.dtype,
         )  # fmt: skip
 
     def _trainer(self, *args: Any) -> Trainer:
@@ -198,7 +199,7 @@ class DHTClassifier(ClassifierMixin, _DynamicEstimator):
     Args:
         model: embedded name, folder or Hub id of an encoder, or a preset, as for `dht train`.
         budget: target mean FLOPs as a fraction of the dense model's, in (0, 1].
-        search, ffn, epochs, batch_size, lr, max_length, device, dtype: as for `dht train`.
+        train_budget, search, ffn, epochs, batch_size, lr, max_length, device, dtype: as for `dht train`.
         class_weight: None, or "balanced": every class counts alike in the loss (with one class a row).
         validation_fraction: share of each class that is held out of the weights' training; the policy learns from it.
         random_state: seed of data order, initial heads and exploration. The global generators are left as they were.
@@ -224,6 +225,7 @@ class DHTClassifier(ClassifierMixin, _DynamicEstimator):
         model: str = "minilm",
         *,
         budget: float = 0.26,
+        train_budget: float | None = None,
         search: str = "tree",
         ffn: str = "coupled",
         epochs: float = 3.0,
@@ -238,8 +240,8 @@ class DHTClassifier(ClassifierMixin, _DynamicEstimator):
         verbose: int = 0,
     ) -> None:
         super().__init__(
-            model, budget=budget, search=search, ffn=ffn, epochs=epochs, batch_size=batch_size, lr=lr,
-            max_length=max_length, device=device, dtype=dtype, validation_fraction=validation_fraction,
+            model, budget=budget, train_budget=train_budget, search=search, ffn=ffn, epochs=epochs,
+            batch_size=batch_size, lr=lr, max_length=max_length, device=device, dtype=dtype, validation_fraction=validation_fraction,
             random_state=random_state, verbose=verbose,
         )  # fmt: skip
         self.class_weight = class_weight

@@ -390,7 +390,7 @@ def imitated(
     each = (layers + 3 * float(sets.sum()) / policy.heads) / policy.layers  # teacher's forward, and a training step
     draw, batches = random.Random(settings.seed), []
     while flops > 0:
-        batch = collate(tokenizer, draw.sample(rows["train"], min(len(rows["train"]), ROWS)))
+        (batch,), _ = by_length(tokenizer, draw.sample(rows["train"], min(len(rows["train"]), ROWS)), ROWS)
         batches.append({key: value.to(model.device) for key, value in batch.items()})
         flops -= each * float(cost.dense(batch["attention_mask"].sum(-1)).sum())
     with autocast(model.device, getattr(torch, settings.dtype)):
