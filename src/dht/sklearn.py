@@ -241,8 +241,8 @@ class DHTClassifier(ClassifierMixin, _DynamicEstimator):
     ) -> None:
         super().__init__(
             model, budget=budget, train_budget=train_budget, search=search, ffn=ffn, epochs=epochs,
-            batch_size=batch_size, lr=lr, max_length=max_length, device=device, dtype=dtype, validation_fraction=validation_fraction,
-            random_state=random_state, verbose=verbose,
+            batch_size=batch_size, lr=lr, max_length=max_length, device=device, dtype=dtype,
+            validation_fraction=validation_fraction, random_state=random_state, verbose=verbose,
         )  # fmt: skip
         self.class_weight = class_weight
 
