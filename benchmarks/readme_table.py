@@ -35,7 +35,7 @@ def block(result: dict) -> str:
     lines = [
         f"`{settings['data']}` sentences, `{settings['model']}`, dense for {settings['epochs']:g} epochs, batch"
         f" {settings['batch_size']}, {settings['dtype']}, one thread, torch {versions['torch']}. Mean ± half width of"
-        " the 95% interval over seeds (their number in brackets); costs are fractions of dense; of training all counts.",
+        " the 95% interval over seeds (their number in brackets); costs are fractions of dense, training as a whole.",
         "",
         "| budget | | " + " | ".join(title for title, _, _ in COLUMNS) + " |",
         "|---|---|" + "---|" * len(COLUMNS),
