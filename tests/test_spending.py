@@ -16,17 +16,19 @@ DENSE = 3 * 3 * 100.0
 @pytest.mark.parametrize("budget", [0.1, 0.26, 0.5, 0.9])
 @pytest.mark.parametrize("imitates", [True, False])
 def test_the_parts_add_up_to_the_budget(budget, imitates):
-    spending = divide(budget, budget, **FORWARD, surveys=0.02, probes=0.03, imitates=imitates)
+    warm = {"warm_start": 0.8, "settle": 0.5}
+    spending = divide(budget, budget, **FORWARD, **warm, surveys=0.02, probes=0.03, imitates=imitates)
     share = spending.steps / spending.whole
-    spent = 12.0 + spending.imitation + share * DENSE * (spending.step * 0.98 + 0.02 + 0.03 / 3)
+    step = sum(spending.schedule.at(i / 1000) for i in range(1000)) / 1000
+    spent = 12.0 + spending.imitation + share * DENSE * (step * 0.98 + 0.02 + 0.03 / 3)
     assert spent == pytest.approx(budget * DENSE, abs=DENSE / 900)
     assert spending.imitation == pytest.approx(IMITATION * budget * DENSE if imitates else 0.0)
 
 
 def test_more_than_all_steps_are_never_taken():
     spending = divide(0.5, 10.0, **FORWARD)
-    assert (spending.steps, spending.step) == (900, 0.7)
-    assert divide(0.9, 10.0, **FORWARD).step == 1.0
+    assert (spending.steps, spending.schedule.budget) == (900, 0.7)
+    assert divide(0.9, 10.0, **FORWARD).schedule.at(0.5) == 1.0
 
 
 def test_little_data_leaves_a_few_steps_all_the_same():

@@ -295,3 +295,14 @@ def test_corrupt_runs_are_refused(finished, tmp_path):
             load_run(folder)
     with pytest.raises(CheckpointError, match="no such folder"):
         load_run(tmp_path / "nothing")
+
+
+def test_the_training_budget_is_met_or_it_is_said(settings, tmp_path):
+    news = []
+    fitted = training.fit(replace(settings, out=tmp_path / "met", train_budget=0.6), say=news.append)
+    assert fitted.report["train_flops_fraction"] == pytest.approx(0.6, abs=0.06)
+    assert fitted.steps < fitted.dense_steps == 50
+    assert not any("not 0.6" in line for line in news)
+    fitted = training.fit(replace(settings, out=tmp_path / "little", train_budget=0.1), say=news.append)
+    assert fitted.steps == 7, "a few steps are taken all the same"
+    assert any("of dense training, not 0.1: on so few rows" in line for line in news)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .policy.budget import Schedule
+
 STEP = 1.4
 """What a step spends, in units of the budget: fewer steps that run deeper teach more than many shallow ones
 (decision 14)."""
@@ -25,13 +27,13 @@ class Spending:
 
     Attributes:
         steps: optimizer steps. whole: those of all epochs, which the dense model would take.
-        step: mean fraction of dense FLOPs that a step aims at.
+        schedule: fraction of dense FLOPs that a step aims at.
         imitation: FLOPs for imitation.
     """
 
     steps: int
     whole: int
-    step: float
+    schedule: Schedule
     imitation: float
 
 
@@ -46,6 +48,8 @@ def divide(
     surveys: float = 0.0,
     probes: float = 0.0,
     imitates: bool = True,
+    warm_start: float = 0.0,
+    settle: float = 0.0,
 ) -> Spending:
     """The spending at which calibration, imitation, steps and all held-out rows come to `train_budget`.
 
@@ -58,14 +62,16 @@ def divide(
         surveys: share of the steps that run everything.
         probes: forward FLOPs on held-out rows, as a share of the steps' dense forward.
         imitates: False if no layer runs narrow.
+        warm_start, settle: of the steps' schedule.
 
-    >>> divide(0.26, 0.26, epoch=1.0, epochs=3.0, whole=300, fixed=0.1, imitates=False)
-    Spending(steps=184, whole=300, step=0.364, imitation=0.0)
+    >>> spending = divide(0.26, 0.26, epoch=1.0, epochs=3.0, whole=300, fixed=0.1, imitates=False)
+    >>> spending.steps, spending.schedule.budget
+    (205, 0.364)
     """
     dense = (1 + BACKWARD) * epoch * epochs
-    step = min(1.0, round(STEP * budget, 4))
+    schedule = Schedule(min(1.0, round(STEP * budget, 4)), warm_start, settle)
     free = max(train_budget * dense - fixed, 0.0)
     imitation = min(IMITATION * train_budget * dense, free / 2) if imitates else 0.0
-    each = (step * (1 - surveys) + surveys + probes / (1 + BACKWARD)) * dense
+    each = (schedule.mean * (1 - surveys) + surveys + probes / (1 + BACKWARD)) * dense
     share = min(1.0, max(FEWEST, (free - imitation) / each))
-    return Spending(max(1, math.floor(share * whole)), whole, step, imitation)
+    return Spending(max(1, math.floor(share * whole)), whole, schedule, imitation)

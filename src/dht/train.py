@@ -40,7 +40,6 @@ from .load import PRESETS, all_told_of, build, by_length, collate, device_of, to
 from .manifest import MANIFEST, MODEL_FILES, TOKENIZER_FILES, write_manifest
 from .measure import autocast, report_of, run_policy, split_labels, time_policy
 from .policy.baselines import DensePolicy
-from .policy.budget import Schedule
 from .spending import Spending, divide
 from .task import Embedding, Regression, SingleLabel, TokenTags
 from .training import FEEDBACK_EVERY, DHTTrainer, Ledger, finish
@@ -198,6 +197,12 @@ def fit(
     refusals = trainer.refusals if isinstance(trainer, GuardedTrainer) else None
     if refusals and refusals.count:
         say(f"{refusals.count} updates were refused: {'; '.join(refusals.reasons)}")
+    wanted = settings.train_budget or settings.budget
+    if ledger and ledger.fraction > 1.1 * wanted:
+        say(
+            f"training took {ledger.fraction:.2f} of dense training, not {wanted:g}: on so few rows calibration and"
+            " held-out rows leave little for steps, and a few are taken all the same"
+        )
     report = {
         "resumed": bool(start),
         "refused_updates": refusals.count if refusals else 0,
@@ -333,7 +338,7 @@ def dynamic_trainer(
         told,
         train_dataset=rows["train"],
         data_collator=lambda batch: collate(tokenizer, batch),
-        schedule=Schedule(spending.step, settings.warm_start, settings.settle),
+        schedule=spending.schedule,
         feedback=lambda step: feedback[step % len(feedback)],
         ledger=ledger,
     )
@@ -364,7 +369,7 @@ def spending_of(
         epoch=epoch, epochs=settings.epochs, whole=math.ceil(per_epoch * settings.epochs),
         fixed=(CALIBRATION * sample + passes * narrow * held_out) * ranks(),
         surveys=config.exploration, probes=narrow / FEEDBACK_EVERY,
-        imitates=_imitates(settings, model),
+        imitates=_imitates(settings, model), warm_start=settings.warm_start, settle=settings.settle,
     )  # fmt: skip
 
 

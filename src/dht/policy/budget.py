@@ -22,6 +22,11 @@ class Schedule:
     start: float = 1.0
     settle: float = 0.5
 
+    @property
+    def mean(self) -> float:
+        """Mean of the scheduled fraction over all of training."""
+        return self.budget + max(self.start - self.budget, 0.0) * self.settle / 2
+
     def at(self, progress: float) -> float:
         """The scheduled fraction at `progress` in [0, 1]."""
         if self.settle <= 0 or progress >= self.settle:
