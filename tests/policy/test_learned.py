@@ -204,6 +204,22 @@ def test_useful_units_are_ranked_first():
     assert model.policy.head_sets.sum(-1).unique().tolist() == [2, 4, 5]
 
 
+def test_one_set_for_all_rows_is_the_one_that_trained():
+    """Units that did well for the rows that train are served, whatever other contexts make of the posteriors."""
+    model = taught(train_widths="narrowest")
+    policy = model.policy
+    for _ in range(3):
+        output, _ = run(model, "explore", tap_gates=True)
+        output.loss.backward()
+        policy.observe_units(output.trace)
+        policy.finish_step()
+    far = torch.randn(50, 3, policy.num_features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    policy.fix_head_sets(50 * far)
+    assert torch.equal(policy.head_sets[:, 0, 0], policy.sets_of(2))
+    probed = run(model, "probe")[0].trace.units
+    assert bool((probed == policy.head_sets[:, 0, 0]).all()), "held-out rows run what will be served"
+
+
 def test_integrated_learns_all_shallower_arms_at_once():
     model = dynamic_model(search="integrated")
     output, labels = run(model, "survey")

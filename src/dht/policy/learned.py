@@ -194,7 +194,8 @@ class LearnedPolicy(Policy):
         """Head sets [G, H] and each row's choice [R], given each row's width index (-1 = stops).
 
         Exploring: a joint posterior draw, then at most `max_sets` sets per width with the best sampled scores. Probing:
-        the same with posterior means, which is what will be served.
+        the same with posterior means; one set that all rows share is the best at the mean context of training, as it
+        will be served.
         Exploiting: the kept sets and posterior means, so that a row's sets do not depend on the rest of its batch.
         """
         arms = self._units_of(view.layer)
@@ -202,8 +203,10 @@ class LearnedPolicy(Policy):
         whole = view.layer >= self.wide_from and self.widths[-1] == self.heads  # all units run: none to choose
         if view.mode == "survey" or (whole and view.mode != "exploit"):
             return torch.ones(1, self.heads, dtype=torch.bool, device=device), width.clamp_max(0)
-        if view.mode == "exploit" and self.max_sets == 1:
+        if self.max_sets == 1 and view.mode == "exploit":
             return self.head_sets[view.layer, :, 0], width
+        if self.max_sets == 1 and view.mode == "probe":
+            return self._best_sets(view.layer), width
         if view.mode in ("exploit", "probe"):
             scores = mean_scores(self.units, context, arms)
         else:
@@ -347,10 +350,16 @@ class LearnedPolicy(Policy):
     def fix_head_sets(self, contexts: Tensor) -> None:
         """Fixes the head sets that inference chooses among, from posterior means.
 
+        A set that all rows share is the best at the mean context of the rows that trained in its layer. At the contexts
+        of probed rows, all of which run every layer, the posteriors extrapolate, and name units that hardly ever ran.
+
         Args:
-            contexts: float64 [B, N, F], contexts of probed rows.
+            contexts: float64 [B, N, F], contexts of probed rows, for several sets.
         """
         for layer in range(self.layers):
+            if self.max_sets == 1:
+                self.head_sets[layer, :, 0] = self._best_sets(layer)
+                continue
             scores = mean_scores(self.units, contexts[:, layer], self._units_of(layer))
             for i, width in enumerate(self.widths):
                 found = codebook(scores, width, self.max_sets)
@@ -374,8 +383,13 @@ class LearnedPolicy(Policy):
 
     def ranking(self) -> Tensor:
         """int64 [N, H], head units of each layer, most useful first, at the mean context."""
-        scores = [
-            mean_scores(self.units, self.mean_context(layer)[None], self._units_of(layer))
-            for layer in range(self.layers)
-        ]
-        return torch.cat(scores).argsort(dim=-1, descending=True, stable=True)
+        return torch.stack([self._ranked(layer) for layer in range(self.layers)])
+
+    def _ranked(self, layer: int) -> Tensor:
+        scores = mean_scores(self.units, self.mean_context(layer)[None], self._units_of(layer))
+        return scores[0].argsort(descending=True, stable=True)
+
+    def _best_sets(self, layer: int) -> Tensor:
+        """Bool [K, H], the best units of a layer at every width."""
+        place = self._ranked(layer).argsort()
+        return place[None, :] < torch.tensor(self.widths, device=place.device)[:, None]
