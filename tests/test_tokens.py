@@ -79,7 +79,7 @@ def tagged(encoder, tmp_path_factory):  # noqa: F811
     data = write(folder / "data", **{split: [sentence(rng) for _ in range(n)] for split, n in counts.items()})
     settings = TrainSettings(
         data=str(data), model=str(encoder), out=folder / "run", budget=0.6, epochs=4, batch_size=16, lr=3e-3,
-        max_length=24, device="cpu", task="token",
+        max_length=24, device="cpu", task="token", train_budget=10.0,
     )  # fmt: skip
     news = []
     return folder / "run", training.train(settings, say=news.append), news
