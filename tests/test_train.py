@@ -306,3 +306,16 @@ def test_the_training_budget_is_met_or_it_is_said(settings, tmp_path):
     fitted = training.fit(replace(settings, out=tmp_path / "little", train_budget=0.1), say=news.append)
     assert fitted.steps == 7, "a few steps are taken all the same"
     assert any("of dense training, not 0.1: on so few rows" in line for line in news)
+
+
+@pytest.mark.parametrize(("options", "imitates"), [({}, True), ({"wide_from": 0}, False), ({"widths": [4]}, False)])
+def test_only_narrow_layers_imitate(options, imitates, settings, tmp_path, monkeypatch):
+    asked = []
+
+    def noting(model, batches, sets):
+        asked.append(sets.sum(-1).tolist())
+        return 0.0
+
+    monkeypatch.setattr(training, "imitate", noting)
+    training.fit(replace(settings, out=tmp_path / "run", epochs=0.1), options=options)
+    assert asked == ([[3, 3, 0]] if imitates else [])

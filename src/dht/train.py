@@ -329,7 +329,7 @@ def dynamic_trainer(
     ledger = Ledger() if resuming else calibrated(settings, model, tokenizer, rows)
     ledger.share = spending.steps / spending.whole
     if not resuming:
-        ledger.executed += imitated(settings, model, tokenizer, rows, spending.imitation) * ranks()
+        ledger.executed += imitated(settings, model, tokenizer, rows, spending.imitation / ranks()) * ranks()
     told = arguments(settings, checkpoints)
     told.max_steps = spending.steps
     told.learning_rate *= min(FASTEST, model.policy.heads / model.policy.widths[0])
@@ -375,7 +375,8 @@ def spending_of(
 
 def _imitates(settings: TrainSettings, model: DHTForSequenceClassification) -> bool:
     """True if there are layers that run narrow, and they know something."""
-    return settings.model not in PRESETS and model.policy.widths[0] < model.policy.heads
+    policy = model.policy
+    return settings.model not in PRESETS and policy.wide_from > 0 and policy.widths[0] < policy.heads
 
 
 def imitated(
