@@ -352,7 +352,7 @@ def spending_of(
     feedback: Sequence[dict[str, Tensor]],
 ) -> Spending:
     """How this training divides its budget: from its rows' lengths alone, so that a resumed run finds the same."""
-    cost, config = model.encoder.cost, model.config
+    cost, policy = model.encoder.cost, model.policy
 
     def forward(batches: Iterable[dict[str, Tensor]]) -> float:
         return sum(float(cost.dense(batch["attention_mask"].sum(-1)).sum()) for batch in batches)
@@ -361,14 +361,13 @@ def spending_of(
     held_out = forward(feedback)
     sample = forward(_sample(rows["train"], tokenizer, settings, CALIBRATION_BATCHES))
     per_epoch = math.ceil(math.ceil(len(rows["train"]) / (settings.batch_size * ranks())) / settings.accumulate)
-    widths = config.widths or [cost.heads]
-    narrow = (widths[0] + widths[-1]) / 2 / cost.heads  # of a probe, about
-    passes = 1 + model.policy.chooses  # over the held-out rows when the weights are final
+    narrow = (policy.widths[0] + policy.widths[-1]) / 2 / cost.heads  # of a probe, about
+    passes = 1 + policy.chooses  # over the held-out rows when the weights are final
     return divide(
         settings.budget, settings.train_budget or settings.budget,
         epoch=epoch, epochs=settings.epochs, whole=math.ceil(per_epoch * settings.epochs),
         fixed=(CALIBRATION * sample + passes * narrow * held_out) * ranks(),
-        surveys=config.exploration, probes=narrow / FEEDBACK_EVERY,
+        surveys=model.config.exploration, probes=narrow / FEEDBACK_EVERY,
         imitates=_imitates(settings, model), warm_start=settings.warm_start, settle=settings.settle,
     )  # fmt: skip
 
@@ -387,7 +386,7 @@ def imitated(
     flops: float,
 ) -> float:
     """Lets the layers that training runs narrow imitate themselves for about `flops`; returns the FLOPs spent."""
-    if not _imitates(settings, model):
+    if not flops:
         return 0.0
     policy, cost = model.policy, model.encoder.cost
     sets = policy.sets_of(policy.widths[0])
