@@ -172,7 +172,7 @@ def trained_run(out: Path, monkeypatch: pytest.MonkeyPatch, deferred: bool, **ch
 
     if not deferred:
         monkeypatch.setattr(DeferredAdamW, "attach", lambda *_: False)
-    return fit(small_settings(out, dense=True), make=make), made[0]
+    return fit(small_settings(out, dense=True, train_budget=None), make=make), made[0]
 
 
 @pytest.mark.parametrize("changes", [{}, {"max_grad_norm": 0.0}])

@@ -97,7 +97,7 @@ def test_a_bad_update_is_refused_counted_and_told(fault, settings, monkeypatch):
 
 
 def test_a_bad_update_of_dense_training_is_refused_too(settings, monkeypatch):
-    dense = small_settings(settings.out.parent / "y", out=settings.out, epochs=1, dense=True)
+    dense = small_settings(settings.out.parent / "y", out=settings.out, epochs=1, dense=True, train_budget=None)
     fitted, trainer = trained(dense, faulty(monkeypatch, "nan gradient", {3}))
     assert trainer.refusals.reasons == ["step 3: the norm of the gradients is nan"]
     assert all(parameter.isfinite().all() for parameter in fitted.model.parameters())

@@ -194,7 +194,7 @@ def test_numbers_through_the_command_line(scored):
 @pytest.mark.parametrize("task", ["multi", "regression"])
 def test_dense_training_of_every_task(task, encoder, tmp_path):  # noqa: F811
     make = several if task == "multi" else number
-    _, report, _ = train(make, encoder, tmp_path, dense=True, epochs=0.3, task=task)
+    _, report, _ = train(make, encoder, tmp_path, dense=True, epochs=0.3, task=task, train_budget=None)
     assert report["policy"] == "dense"
     assert report["own_dense_seconds"] > 0
 

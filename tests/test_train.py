@@ -186,7 +186,7 @@ def test_a_preset_trains_from_scratch(settings, tmp_path):
 
 
 def test_dense_training_is_the_plain_model(settings, tmp_path):
-    report = training.train(replace(settings, out=tmp_path / "run", epochs=0.5, dense=True))
+    report = training.train(replace(settings, out=tmp_path / "run", epochs=0.5, dense=True, train_budget=None))
     assert report["policy"] == "dense"
     assert report["train_flops_fraction"] == report["flops_fraction"] == 1.0
     assert report["mean_layers"] == 3
@@ -319,3 +319,10 @@ def test_only_narrow_layers_imitate(options, imitates, settings, tmp_path, monke
     monkeypatch.setattr(training, "imitate", noting)
     training.fit(replace(settings, out=tmp_path / "run", epochs=0.1), options=options)
     assert asked == ([[3, 3, 0]] if imitates else [])
+
+
+def test_a_training_budget_is_not_for_the_dense_model():
+    with pytest.raises(
+        ConfigError, match=r"--train-budget: got 0\.5, but dense training takes all of --epochs; leave it"
+    ):
+        TrainSettings("d", "m", "o", dense=True, train_budget=0.5).check()

@@ -111,6 +111,11 @@ class TrainSettings:
         need(whole(0, 2**32 - 1), "seed", "0 to 2^32 - 1")
         need(lambda three: three is None or (len(three) == 3 and all(map(whole(1), three))), "limit",
              "three whole numbers above 0: rows of train, validation and test")  # fmt: skip
+        if self.dense and self.train_budget is not None:
+            problems.append(
+                f"--train-budget: got {shown(self.train_budget)}, but dense training takes all of --epochs; leave it"
+                " out"
+            )
         if problems:
             raise ConfigError(problems)
 

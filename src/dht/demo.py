@@ -39,7 +39,7 @@ def demo(settings: TrainSettings, *, overwrite: bool = False, say: Say = lambda 
     for name in ("dense", "dht"):
         claim_folder(settings.out / name, overwrite)
     say("training the dense model (the reference)")
-    dense = train(replace(settings, out=settings.out / "dense", dense=True), overwrite=True, say=say)
+    dense = train(replace(settings, out=settings.out / "dense", dense=True, train_budget=None), overwrite=True, say=say)
     say(f"training the dynamic model at budget {settings.budget:g}")
     report = train(replace(settings, out=settings.out / "dht"), overwrite=True, say=say)
     # The dense model was really trained here, in this process: its seconds replace the estimate.
