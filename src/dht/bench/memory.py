@@ -3,7 +3,8 @@
 On a GPU that is what `torch.cuda.max_memory_allocated` counts. On a CPU it is the running sum of what torch's profiler
 saw allocated and freed: the same definition, where the process' resident size would mix in what the allocator keeps for
 later. Weights, and slices of them kept from earlier calls, were there before. Buffers inside libraries (oneDNN's
-scratch) are not seen on a CPU. Never measured in a timed call.
+scratch) are not seen on a CPU, and many small groups run one after the other while this looks on. Never measured in a
+timed call.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ each weight: the group runs at the speed of a dense block of k heads, and what i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
+from functools import partial
+from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from ..errors import DHTError
 from .linear import activated, dropout, joined, linear
 from .packed import Packed
 from .rotary import angles, rotate
+from .side_by_side import shares, side_by_side
 from .slices import DOWN, OUT, QKV, QKV_BIAS, UP, UP_BIAS, Given, Kept, Slices, Units
 
 GateTap = Callable[[str, Tensor], None]
@@ -158,6 +160,14 @@ class Block(GradientCheckpointingLayer):
         slices = Slices(self, lasting)
         if self._compiled is not None:
             return self._run_compiled(rows, groups, slices, bias)
+        # Kept slices and what belongs to a graph are for one thread; with random draws, shares would take turns.
+        apart = len(groups) > 1 and not (slices.lasting or slices.passing or self.training)
+        if apart and rows.hidden.device.type == "cpu":
+            tokens = rows.tokens_of([group.rows for group in groups])
+            work = [count * (1 + slices.heads(group.units)) for count, group in zip(tokens, groups, strict=True)]
+            counts = shares(work, sum(tokens))
+            if len(counts) > 1:
+                return self._run_side_by_side(rows, groups, slices, bias, counts)
         return self._run(rows, groups, slices, bias)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -191,6 +201,17 @@ class Block(GradientCheckpointingLayer):
             shift = None if bias is None else self._bias_of(bias, [group])
             outputs.append(self._compiled(part, weights, shift, group.tap))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _run_side_by_side(
+        self, rows: Packed, groups: Sequence[Group], slices: Slices, bias: Tensor | None, counts: list[int]
+    ) -> Tensor:
+        """As `_run`, in shares of `counts` groups: no row needs to know of those in other shares."""
+        rest = iter(groups)
+        parts = [list(islice(rest, count)) for count in counts]
+        layouts = rows.split([sum(group.rows for group in part) for part in parts])
+        return side_by_side([
+            partial(self._run, layout, part, slices.again(), bias) for layout, part in zip(layouts, parts, strict=True)
+        ])  # fmt: skip
 
     def _run_given(self, rows: Packed, weights: tuple[Tensor, ...], bias: Tensor | None, tap: GateTap | None) -> Tensor:
         """One group on weights that are sliced already: tensors in, tensors out."""

@@ -7,6 +7,7 @@ changes, and those of passing sets live in scratch memory.
 from __future__ import annotations
 
 import threading
+from copy import copy
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -106,6 +107,12 @@ class Slices:
         """What `of` gives, by unit, as it is stored."""
         weight = self.stored[place]
         return self.of(place, units).view(-1, *weight.shape[1:])
+
+    def again(self) -> Slices:
+        """The same for another thread, which finds scratch memory of its own."""
+        other = copy(self)
+        other.rooms = {}
+        return other
 
     def heads(self, units: Units | None) -> int:
         """How many they are."""
