@@ -88,7 +88,6 @@ def _workers(count: int) -> ThreadPoolExecutor:
 
             list(workers.map(start, range(count)))
             torch.set_num_threads(count)  # what a thread sets is also what later threads start with
-            _POOLS.clear()
             _POOLS[count] = workers
         return _POOLS[count]
 
