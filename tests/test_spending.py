@@ -9,7 +9,7 @@ from builders import batch, dynamic_model
 from dht.imitation import EveryRow, _hidden, imitate
 from dht.spending import FEWEST, IMITATION, divide
 
-FORWARD = {"epoch": 100.0, "epochs": 3.0, "whole": 900, "fixed": 12.0}
+FORWARD = {"epoch": 100.0, "epochs": 3.0, "whole": 900, "rows": 32, "fixed": 12.0}
 DENSE = 3 * 3 * 100.0
 
 
@@ -18,7 +18,8 @@ DENSE = 3 * 3 * 100.0
 def test_the_parts_add_up_to_the_budget(budget, imitates):
     warm = {"warm_start": 0.8, "settle": 0.5}
     spending = divide(budget, budget, **FORWARD, **warm, surveys=0.02, probes=0.03, imitates=imitates)
-    share = spending.steps / spending.whole
+    assert spending.share == spending.steps * spending.rows / (900 * 32)
+    share = spending.share
     step = sum(spending.schedule.at(i / 1000) for i in range(1000)) / 1000
     spent = 12.0 + spending.imitation + share * DENSE * (step * 0.98 + 0.02 + 0.03 / 3)
     assert spent == pytest.approx(budget * DENSE, abs=DENSE / 900)
@@ -33,8 +34,20 @@ def test_more_than_all_steps_are_never_taken():
 
 def test_little_data_leaves_a_few_steps_all_the_same():
     spending = divide(0.26, 0.26, **FORWARD | {"fixed": 5000.0})
-    assert (spending.steps, spending.imitation) == (int(FEWEST * 900), 0.0)
-    assert divide(0.26, 0.01, epoch=1.0, epochs=0.1, whole=1, fixed=5.0).steps == 1
+    assert (spending.share, spending.imitation) == (FEWEST, 0.0)
+    assert divide(0.26, 0.01, epoch=1.0, epochs=0.1, whole=1, rows=1, fixed=5.0).steps == 1
+
+
+@pytest.mark.parametrize(("budget", "whole", "rows"), [(0.26, 2000, 32), (0.26, 400, 16), (0.1, 120, 8)])
+def test_few_steps_take_fewer_rows_each(budget, whole, rows):
+    spending = divide(budget, budget, **FORWARD | {"whole": whole})
+    assert spending.rows == rows
+    assert spending.steps == pytest.approx(spending.share * whole * 32 / rows)
+    assert divide(budget, budget, **FORWARD | {"whole": whole, "rows": 6}).rows == 6, "they are few already"
+
+
+def test_all_steps_take_all_rows():
+    assert divide(0.5, 10.0, **FORWARD | {"whole": 30}).rows == 32, "the dense model takes no more steps"
 
 
 def cut():

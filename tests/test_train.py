@@ -96,6 +96,35 @@ def test_the_run_folder_serves(finished):
     assert model.config.budget == 0.4
 
 
+class _Seen(TrainerCallback):
+    """Notes rows and dropout of the steps."""
+
+    def __init__(self):
+        self.dropout, self.rows = set(), set()
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        blocks, exits = model.encoder.blocks, model.encoder.exits
+        self.dropout |= {model.encoder.embeddings.dropout.p, blocks[0].dropout, blocks[2].attention_dropout}
+        self.dropout |= {exits[1].dropout.p}
+        self.rows.add(args.per_device_train_batch_size)
+
+
+@pytest.mark.parametrize(("epochs", "budget", "dropout", "rows"), [(2, 10.0, {0.1}, {16}), (3, 0.26, {0.0}, {8})])
+def test_short_trainings_take_small_steps_without_dropout(settings, tmp_path, epochs, budget, dropout, rows):
+    seen = _Seen()
+
+    def make(*args):
+        trainer = training.dynamic_trainer(*args)
+        trainer.add_callback(seen)
+        return trainer
+
+    short = replace(settings, out=tmp_path / "run", epochs=epochs, train_budget=budget)
+    fitted = training.fit(short, make=make)
+    assert (seen.dropout, seen.rows) == (dropout, rows)
+    assert fitted.dense_steps == pytest.approx(epochs * 25, rel=0.02), "those of the dense model, of 16 rows"
+    assert fitted.model.encoder.blocks[1].dropout == 0.1, "as it is configured, afterwards"
+
+
 class _Stop(TrainerCallback):
     """Raises in the middle of training, as Ctrl-C does."""
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from .adamw import DeferredAdamW
 from .checkpoints import Seal, load_state, save_state
 from .errors import DHTError, NonFiniteError
 from .manifest import COMPLETE, verify
+from .model.encoder import without_dropout
 
 PATIENCE = 3
 """Updates refused in a row that stop the training."""
@@ -86,7 +88,12 @@ class GuardedTrainer(Trainer):
 
     A refused update leaves weights and optimizer as they were. Checkpoints hold safetensors and JSON only, are sealed
     with checksums when whole, and are checked before anything of them is loaded.
+
+    Attributes:
+        drops: False to train without the dropout that the model is configured with, as short trainings should.
     """
+
+    drops = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), Refusals(), Seal(), _EpochStart(self)]
@@ -121,7 +128,8 @@ class GuardedTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer` does; however it ends, no row of the embedding table is left behind."""
         try:
-            return super().train(*args, **kwargs)
+            with nullcontext() if self.drops else without_dropout(cast(nn.Module, self.model)):
+                return super().train(*args, **kwargs)
         finally:
             if self._deferred is not None:
                 self._deferred.detach()

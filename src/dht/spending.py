@@ -17,6 +17,15 @@ IMITATION = 0.18
 FEWEST = 0.15
 """Share of the steps of all epochs that is taken at least, if little data leaves no budget beside the fixed costs."""
 
+ENOUGH = 250
+"""Steps below which a step takes fewer rows: more small steps teach more than few large ones (decision 14)."""
+
+FEWEST_ROWS = 8
+"""Rows that a step takes at least, unless it was told to take fewer."""
+
+SHORT = 2.0
+"""Passes over the data below which training needs no dropout: no row is seen often enough to be learned by heart."""
+
 BACKWARD = 2.0
 """FLOPs of a backward pass in units of its forward."""
 
@@ -26,13 +35,15 @@ class Spending:
     """What a training may spend on what.
 
     Attributes:
-        steps: optimizer steps. whole: those of all epochs, which the dense model would take.
+        steps: optimizer steps. rows: of a batch.
+        share: of the rows of all epochs, those that are trained on.
         schedule: fraction of dense FLOPs that a step aims at.
         imitation: FLOPs for imitation.
     """
 
     steps: int
-    whole: int
+    rows: int
+    share: float
     schedule: Schedule
     imitation: float
 
@@ -44,6 +55,7 @@ def divide(
     epoch: float,
     epochs: float,
     whole: int,
+    rows: int,
     fixed: float,
     surveys: float = 0.0,
     probes: float = 0.0,
@@ -57,16 +69,16 @@ def divide(
         budget: fraction of dense FLOPs at which the model will serve, in (0, 1].
         train_budget: FLOPs of the whole training as a fraction of `epochs` of dense training, above 0.
         epoch: forward FLOPs of the dense model on all training rows.
-        epochs: passes over them that the dense model would take. whole: optimizer steps in them.
+        epochs: passes over them that the dense model would take. whole: optimizer steps in them, of batches of `rows`.
         fixed: FLOPs before and after the steps.
         surveys: share of the steps that run everything.
         probes: forward FLOPs on held-out rows, as a share of the steps' dense forward.
         imitates: False if no layer runs narrow.
         warm_start, settle: of the steps' schedule.
 
-    >>> spending = divide(0.26, 0.26, epoch=1.0, epochs=3.0, whole=300, fixed=0.1, imitates=False)
-    >>> spending.steps, spending.schedule.budget
-    (205, 0.364)
+    >>> spending = divide(0.26, 0.26, epoch=1.0, epochs=3.0, whole=300, rows=32, fixed=0.1, imitates=False)
+    >>> spending.steps, spending.rows, spending.schedule.budget
+    (411, 16, 0.364)
     """
     dense = (1 + BACKWARD) * epoch * epochs
     schedule = Schedule(min(1.0, round(STEP * budget, 4)), warm_start, settle)
@@ -74,4 +86,8 @@ def divide(
     imitation = min(IMITATION * train_budget * dense, free / 2) if imitates else 0.0
     each = (schedule.mean * (1 - surveys) + surveys + probes / (1 + BACKWARD)) * dense
     share = min(1.0, max(FEWEST, (free - imitation) / each))
-    return Spending(max(1, math.floor(share * whole)), whole, schedule, imitation)
+    times = 1
+    while share * times < 1 and math.floor(share * whole * times) < ENOUGH and rows // (2 * times) >= FEWEST_ROWS:
+        times *= 2
+    steps = max(1, math.floor(share * whole * times))
+    return Spending(steps, rows // times, steps / (whole * times), schedule, imitation)

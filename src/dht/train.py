@@ -40,7 +40,7 @@ from .load import PRESETS, all_told_of, build, by_length, collate, device_of, to
 from .manifest import MANIFEST, MODEL_FILES, TOKENIZER_FILES, write_manifest
 from .measure import autocast, report_of, run_policy, split_labels, time_policy
 from .policy.baselines import DensePolicy
-from .spending import Spending, divide
+from .spending import SHORT, Spending, divide
 from .task import Embedding, Regression, SingleLabel, TokenTags
 from .training import FEEDBACK_EVERY, DHTTrainer, Ledger, finish
 
@@ -211,7 +211,8 @@ def fit(
         "train_cpu_seconds": time.process_time() - worked,
     }
     steps = trainer.state.global_step * settings.accumulate
-    dense_steps = round(steps / ledger.share) if ledger else steps
+    smaller = trainer.args.per_device_train_batch_size / settings.batch_size
+    dense_steps = round(steps * smaller / ledger.share) if ledger else steps
     return Fitted(model, tokenizer, data, rows, steps, dense_steps, ledger.history if ledger else [], report)
 
 
@@ -327,21 +328,24 @@ def dynamic_trainer(
     feedback = _feedback(settings, tokenizer, rows["validation"], model.device)
     spending = spending_of(settings, model, tokenizer, rows, feedback)
     ledger = Ledger() if resuming else calibrated(settings, model, tokenizer, rows)
-    ledger.share = spending.steps / spending.whole
+    ledger.share = spending.share
     if not resuming:
         ledger.executed += imitated(settings, model, tokenizer, rows, spending.imitation / ranks()) * ranks()
     told = arguments(settings, checkpoints)
-    told.max_steps = spending.steps
+    told.max_steps, told.per_device_train_batch_size = spending.steps, spending.rows
     told.learning_rate *= min(FASTEST, model.policy.heads / model.policy.widths[0])
-    return DHTTrainer(
+    trainer = DHTTrainer(
         model,
         told,
         train_dataset=rows["train"],
         data_collator=lambda batch: collate(tokenizer, batch),
         schedule=spending.schedule,
         feedback=lambda step: feedback[step % len(feedback)],
+        feedback_every=FEEDBACK_EVERY * settings.batch_size // spending.rows,
         ledger=ledger,
     )
+    trainer.drops = settings.epochs * spending.share >= SHORT
+    return trainer
 
 
 def spending_of(
@@ -365,7 +369,7 @@ def spending_of(
     passes = 1 + policy.chooses  # over the held-out rows when the weights are final
     return divide(
         settings.budget, settings.train_budget or settings.budget,
-        epoch=epoch, epochs=settings.epochs, whole=math.ceil(per_epoch * settings.epochs),
+        epoch=epoch, epochs=settings.epochs, whole=math.ceil(per_epoch * settings.epochs), rows=settings.batch_size,
         fixed=(CALIBRATION * sample + passes * narrow * held_out) * ranks(),
         surveys=model.config.exploration, probes=narrow / FEEDBACK_EVERY,
         imitates=_imitates(settings, model), warm_start=settings.warm_start, settle=settings.settle,

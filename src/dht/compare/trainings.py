@@ -20,6 +20,7 @@ from ..hf.modeling import DHTForSequenceClassification, exit_loss
 from ..load import collate
 from ..plan import Trace
 from ..policy.baselines import ConfidencePolicy, DensePolicy, StaticPolicy
+from ..spending import SHORT
 from ..train import MakeTrainer, Rows, arguments, calibrated, dense_trainer, dynamic_trainer, fit, save_run
 from ..training import Ledger
 from .ablations import install, variant
@@ -151,11 +152,12 @@ def mean_exit_loss(trace: Trace, labels: Tensor) -> Tensor:
 def train_model(settings: CompareSettings, training: Training, sizes: Sizes) -> dict[str, Any]:
     """Trains, leaves the weights and a record of the cost in the comparison's folder, and returns the record."""
     recipe = _recipe(settings, training, sizes)
+    short = training.kind in RIVALS and settings.epochs * recipe.share < SHORT
     out = weights_of(settings, training)
     budget = training.budget if training.kind == "dht" else 1.0
     changes = recipe.settings | {"epochs": settings.epochs * recipe.share}
     asked = settings.training(budget, training.seed, out, **changes)
-    fitted = fit(asked, overwrite=True, make=lambda *given: _quiet(recipe.make(*given)), options=recipe.options)
+    fitted = fit(asked, overwrite=True, make=lambda *given: _quiet(recipe.make(*given), short), options=recipe.options)
     record = {
         "training": training.key, "kind": training.kind, "seed": training.seed, "budget": training.budget,
         "train_flops_fraction": fitted.report["train_flops_fraction"] * recipe.share,
@@ -174,8 +176,14 @@ def train_model(settings: CompareSettings, training: Training, sizes: Sizes) -> 
     return record
 
 
-def _quiet(trainer: Trainer) -> Trainer:
-    """Without checkpoints, which would count as training time, and without prints: the comparison has its own bar."""
+def _quiet(trainer: Trainer, short: bool) -> Trainer:
+    """Without checkpoints, which would count as training time, and without prints: the comparison has its own bar.
+
+    Args:
+        short: a rival in training that is given few passes, and trains without dropout, as ours does then.
+    """
+    if short and isinstance(trainer, GuardedTrainer):
+        trainer.drops = False
     trainer.args.save_strategy = SaveStrategy.NO
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)

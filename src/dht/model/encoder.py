@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
@@ -312,6 +313,21 @@ class Encoder(nn.Module):
         """True if the exit after `layer` in 1..N scores every token, or projects it (see `CostModel.exit`)."""
         head = self.exits[layer - 1]
         return head.projects if isinstance(head, TokenHead) else head.queries is not None
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Inside, nothing of ours in `model` drops anything out, in training mode either."""
+    parts: list[tuple[nn.Module, str]] = [(m, "p") for m in model.modules() if isinstance(m, Dropout)]
+    parts += [(m, name) for m in model.modules() if isinstance(m, Block) for name in ("dropout", "attention_dropout")]
+    before = [getattr(*part) for part in parts]
+    try:
+        for module, name in parts:
+            setattr(module, name, 0.0)
+        yield
+    finally:
+        for (module, name), probability in zip(parts, before, strict=True):
+            setattr(module, name, probability)
 
 
 def _exits(config: DHTConfig, norm: Callable[[], nn.LayerNorm]) -> list[ExitHead]:
