@@ -117,7 +117,9 @@ def train(
     ] = "coupled",
     epochs: Annotated[float, typer.Option(help="Passes over the training split that dense training takes.")] = 3.0,
     seed: Seed = 0,
-    batch_size: BatchSize = 32,
+    batch_size: Annotated[
+        int, typer.Option(help="Rows per batch; in training fewer, 8 at least, where the budget leaves few steps.")
+    ] = 32,
     lr: Annotated[
         float,
         typer.Option(help="Peak learning rate, decaying linearly to 0; up to twice that for narrow layers."),

@@ -31,10 +31,12 @@ class TrainSettings:
         out: folder that the run is written to.
         budget: target mean FLOPs at inference as a fraction of the dense model's, in (0, 1].
         train_budget: FLOPs of the whole training, all of it counted, as a fraction of dense training for `epochs`; None
-            = `budget`. It is met by taking fewer steps, over which the learning rate decays.
+            = `budget`. It is met by taking fewer steps, over which the learning rate decays; in less than two passes
+            over the data nothing is dropped out.
         search: "tree" or "integrated". ffn: "coupled" or "dense".
         epochs: passes over the training split that dense training takes; `train_budget` is a share of their FLOPs.
-        seed, batch_size: as usual.
+        seed: as usual. batch_size: rows of a step; fewer, 8 at least, where the budget leaves less than 250 steps
+            (`dht.spending`).
         lr: peak of a linear decay, as for the dense model; where layers run K of H head units it is times H / K, at
             most `FASTEST` times.
         max_length: tokens a text is cut to.

@@ -58,7 +58,7 @@ class DHTConfig(PreTrainedConfig):
         search: "tree" or "integrated".
         ffn: "coupled" (a head unit carries 1/H of the FFN) or "dense" (attention heads alone).
         widths: ascending numbers of head units to choose among; None = from the budget B: K = H sqrt(B), which leaves
-            the same share of the depth, but no more than 2 H B, which leaves half of it; and all H (decision 4).
+            the same share of the depth, and all H (decision 4).
         wide_from: layers run before every layer offers only the widest of `widths`; None = two thirds of the depth,
             N = never (decisions 6 and 14).
         train_widths: "narrowest": where there is a choice, all rows run the narrowest width, in training and after it;
@@ -154,8 +154,7 @@ class DHTConfig(PreTrainedConfig):
         if self.widths is None:
             heads = self.num_attention_heads
             budget = min(max(self.budget, 0.0), 1.0)
-            even = round(heads * min(math.sqrt(budget), 2 * budget))
-            self.widths = sorted({max(1, even), heads})
+            self.widths = sorted({max(1, round(heads * math.sqrt(budget))), heads})
         if self.wide_from is None:
             self.wide_from = math.ceil(2 * self.num_hidden_layers / 3)
         super().__post_init__(**kwargs)
