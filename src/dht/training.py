@@ -237,22 +237,20 @@ class DHTTrainer(GuardedTrainer):
         return trace
 
 
-def finish(trainer: DHTTrainer, batches: list[dict[str, Tensor]], budget: float, passes: int = 1) -> None:
+def finish(trainer: DHTTrainer, batches: list[dict[str, Tensor]], budget: float) -> None:
     """Readies the policy for serving once the weights are final: fresh probes, head sets, price curve, budget.
 
     Ranks do all of it alike, each on all batches, so that they end with the same policy.
 
     Args:
         batches: held-out labelled rows.
-        passes: probe passes over them.
     """
     policy, traces = trainer.dynamic.policy, []
     policy.restart()
     policy.expect_lengths(batches)
-    for _ in range(passes):
-        for batch in batches:
-            traces.append(trainer.probe(batch))
-            policy.finish_step()
+    for batch in batches:
+        traces.append(trainer.probe(batch))
+        policy.finish_step()
     policy.fix_head_sets(torch.cat([trace.context for trace in traces]))
     trainer._count_probes()
     if not policy.chooses:  # the probes ran what is served
