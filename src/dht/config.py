@@ -35,7 +35,7 @@ class TrainSettings:
             over the data nothing is dropped out.
         search: "tree" or "integrated". ffn: "coupled" or "dense".
         epochs: passes over the training split that dense training takes; `train_budget` is a share of their FLOPs.
-        seed: as usual. batch_size: rows of a step; fewer, 8 at least, where the budget leaves less than 250 steps
+        seed: as usual. batch_size: rows of a step; fewer, 8 at least, where the budget leaves less than 300 steps
             (`dht.spending`).
         lr: peak of a linear decay, as for the dense model; where layers run K of H head units it is times H / K, at
             most `FASTEST` times.

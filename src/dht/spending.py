@@ -17,7 +17,7 @@ IMITATION = 0.18
 FEWEST = 0.15
 """Share of the steps of all epochs that is taken at least, if little data leaves no budget beside the fixed costs."""
 
-ENOUGH = 250
+ENOUGH = 300
 """Steps below which a step takes fewer rows: more small steps teach more than few large ones (decision 14)."""
 
 FEWEST_ROWS = 8
@@ -78,7 +78,7 @@ def divide(
 
     >>> spending = divide(0.26, 0.26, epoch=1.0, epochs=3.0, whole=300, rows=32, fixed=0.1, imitates=False)
     >>> spending.steps, spending.rows, spending.schedule.budget
-    (411, 16, 0.364)
+    (312, 21, 0.364)
     """
     dense = (1 + BACKWARD) * epoch * epochs
     schedule = Schedule(min(1.0, round(STEP * budget, 4)), warm_start, settle)
@@ -86,8 +86,7 @@ def divide(
     imitation = min(IMITATION * train_budget * dense, free / 2) if imitates else 0.0
     each = (schedule.mean * (1 - surveys) + surveys + probes / (1 + BACKWARD)) * dense
     share = min(1.0, max(FEWEST, (free - imitation) / each))
-    times = 1
-    while share * times < 1 and math.floor(share * whole * times) < ENOUGH and rows // (2 * times) >= FEWEST_ROWS:
-        times *= 2
-    steps = max(1, math.floor(share * whole * times))
-    return Spending(steps, rows // times, steps / (whole * times), schedule, imitation)
+    taken, wanted = share * whole, min(ENOUGH, whole)
+    fewer = rows if taken >= wanted else max(min(rows, FEWEST_ROWS), math.floor(rows * taken / wanted))
+    steps = max(1, math.floor(taken * rows / fewer))
+    return Spending(steps, fewer, steps * fewer / (whole * rows), schedule, imitation)
