@@ -33,11 +33,11 @@ def test_killed_in_the_second_epoch_ends_the_same(killer):
 
 
 def test_a_run_that_ends_within_an_epoch_ends_the_same(tmp_path):
-    short = Killer(small_settings(tmp_path, train_budget=0.75), tmp_path / "runs")
-    assert 34 < len(short.whole["data order"]) < 62, "the budget is spent within the second epoch, of 32 steps each"
-    outcome = short.kill("short", lambda folder, since: (folder / "checkpoint-24").is_dir())
+    short = Killer(small_settings(tmp_path, train_budget=0.9), tmp_path / "runs")
+    assert 40 < len(short.whole["data order"]) < 48, "the budget is spent within the second epoch, of 25 steps each"
+    outcome = short.kill("short", lambda folder, since: (folder / "checkpoint-36").is_dir())
     assert outcome.differs == []
-    assert 12 < outcome.resumed_from < 40
+    assert 26 < outcome.resumed_from < 43
 
 
 def test_killed_while_a_checkpoint_is_written_ends_the_same(killer):

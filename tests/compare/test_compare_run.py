@@ -9,6 +9,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 import dht.compare.cells as cells
 import dht.compare.run as running
+import dht.compare.trainings as trainings
 from builders import batch, dynamic_model
 from dht._files import write_json
 from dht.cli import app
@@ -104,6 +106,16 @@ def test_a_training_is_shared_and_comes_before_what_needs_it(settings):
     assert {"Training:dht-0.26-s0", "Training:layer-dropout-0.26-flops-s0"} <= needed[
         "Training:layer-dropout-0.26-seconds-s0"
     ]
+
+
+@pytest.mark.parametrize(("spent", "drops"), [(0.26, False), (0.6, False), (0.9, True)])
+def test_a_rival_of_few_passes_trains_without_dropout_too(settings, monkeypatch, spent, drops):
+    monkeypatch.setattr(trainings, "read_record", lambda *_: {"train_flops_fraction": spent})
+    monkeypatch.setattr(trainings, "dense_trainer", lambda *_: SimpleNamespace(drops=True))
+    rival = Training("dense-decay", 0, 0.26, match="flops")
+    recipe = trainings._recipe(replace(settings, epochs=3.0), rival, SIZES)
+    assert recipe.share == spent
+    assert recipe.make().drops is drops
 
 
 def test_a_kill_loses_only_what_was_in_progress(settings, fake, monkeypatch):

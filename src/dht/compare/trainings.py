@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -152,12 +152,11 @@ def mean_exit_loss(trace: Trace, labels: Tensor) -> Tensor:
 def train_model(settings: CompareSettings, training: Training, sizes: Sizes) -> dict[str, Any]:
     """Trains, leaves the weights and a record of the cost in the comparison's folder, and returns the record."""
     recipe = _recipe(settings, training, sizes)
-    short = training.kind in RIVALS and settings.epochs * recipe.share < SHORT
     out = weights_of(settings, training)
     budget = training.budget if training.kind == "dht" else 1.0
     changes = recipe.settings | {"epochs": settings.epochs * recipe.share}
     asked = settings.training(budget, training.seed, out, **changes)
-    fitted = fit(asked, overwrite=True, make=lambda *given: _quiet(recipe.make(*given), short), options=recipe.options)
+    fitted = fit(asked, overwrite=True, make=lambda *given: _quiet(recipe.make(*given)), options=recipe.options)
     record = {
         "training": training.key, "kind": training.kind, "seed": training.seed, "budget": training.budget,
         "train_flops_fraction": fitted.report["train_flops_fraction"] * recipe.share,
@@ -176,14 +175,8 @@ def train_model(settings: CompareSettings, training: Training, sizes: Sizes) -> 
     return record
 
 
-def _quiet(trainer: Trainer, short: bool) -> Trainer:
-    """Without checkpoints, which would count as training time, and without prints: the comparison has its own bar.
-
-    Args:
-        short: a rival in training that is given few passes, and trains without dropout, as ours does then.
-    """
-    if short and isinstance(trainer, GuardedTrainer):
-        trainer.drops = False
+def _quiet(trainer: Trainer) -> Trainer:
+    """Without checkpoints, which would count as training time, and without prints: the comparison has its own bar."""
     trainer.args.save_strategy = SaveStrategy.NO
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
@@ -200,7 +193,21 @@ def _recipe(settings: CompareSettings, training: Training, sizes: Sizes) -> Reci
     if training.kind == "exits":
         return Recipe(_exits(training.layers, training.units), options={"exit_memory": 0.0})  # as these are published
     assert training.kind in RIVALS, training.kind
-    return _rival(settings, training, sizes)
+    recipe = _rival(settings, training, sizes)
+    if settings.epochs * recipe.share < SHORT:
+        recipe.make = _without_dropout(recipe.make)
+    return recipe
+
+
+def _without_dropout(make: MakeTrainer) -> MakeTrainer:
+    """For a rival that is given few passes: ours drops nothing out then either."""
+
+    def made(*given: Any) -> Trainer:
+        trainer = cast(GuardedTrainer, make(*given))
+        trainer.drops = False
+        return trainer
+
+    return made
 
 
 def _rival(settings: CompareSettings, training: Training, sizes: Sizes) -> Recipe:
