@@ -202,7 +202,7 @@ def test_a_prepared_plan_runs_as_the_plan_itself():
     asked = {name: value for name, value in batch().items() if name != "labels"}
     plan = planned("worst", 0.5, model, [batch()], 1, seed=1)(0, 0).plan
     with torch.inference_mode():
-        prepared = execute(model.encoder, PreparedPlan(plan, model.device), **asked)
+        prepared = execute(model.encoder, PreparedPlan(plan), **asked)
         fixed = execute(model.encoder, FixedPlan(plan, reads_exits=False), **asked)
     assert torch.equal(prepared.units, fixed.units)
     torch.testing.assert_close(prepared.logits, fixed.logits)

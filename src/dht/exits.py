@@ -50,7 +50,7 @@ def fit_exits(encoder: Encoder, batches: Sequence[Batch], teacher: Tensor, fold:
         after = torch.nn.Identity() if encoder.norms_tokens else encoder.final_norm
         for k, exits in enumerate(held_out):
             others = (fold != k).nonzero()[:, 0]
-            _fit(exits[layer], every.select(others), teacher[others], after)
+            _fit(exits[layer], every.select(others.cpu()), teacher[others], after)
         _fit(encoder.exits[layer], every, teacher, after)
     return held_out
 

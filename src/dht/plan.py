@@ -27,6 +27,8 @@ layers with all units, so that every unit's gate gradient is seen too."""
 class Decision:
     """What the active rows do next.
 
+    `sets` and `choice` may lie on the host whatever the model runs on: then nobody waits for an accelerator.
+
     Attributes:
         sets: bool [G, H], the distinct head sets to run in the next layer.
         choice: int64 [R], index into `sets` for each active row; -1 = the row stops here.
@@ -126,7 +128,8 @@ class Account:
         shape = (len(self.lengths), self.cost.layers, self.cost.heads)
         units = torch.zeros(shape, dtype=torch.bool, device=self.lengths.device)
         for ran in self.ran:
-            units[ran.rows, ran.layer] = torch.stack([mask for mask, *_ in ran.groups])[_group_of(ran)]
+            sets = torch.stack([mask for mask, *_ in ran.groups]).to(units.device)
+            units[ran.rows, ran.layer] = sets[_group_of(ran)]
         return units
 
     @cached_property

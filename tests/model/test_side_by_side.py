@@ -116,7 +116,7 @@ def test_gradients_training_lasting_sets_and_counted_calls_are_left_alone(shared
         model.train()
         execute(model.encoder, FixedPlan(plan), **inputs)
         model.eval()
-        execute(model.encoder, PreparedPlan(plan, model.device, lasting=True), **inputs)
+        execute(model.encoder, PreparedPlan(plan, lasting=True), **inputs)
     assert not shared
 
 

@@ -59,9 +59,7 @@ def planned(
         made: list[Policy] = []
         for _ in range(turns if worst else 1):
             draw = generator if worst else torch.Generator().manual_seed(sets_seed)
-            made.append(
-                PreparedPlan(plan_of(shape, rows, cost.heads, draw, worst=worst), model.device, lasting=not worst)
-            )
+            made.append(PreparedPlan(plan_of(shape, rows, cost.heads, draw, worst=worst), lasting=not worst))
         versions.append(made)
     return lambda index, turn: versions[index][turn % len(versions[index])]
 

@@ -120,7 +120,7 @@ class PreparedPlan(Policy):
 
     name = "plan"
 
-    def __init__(self, plan: Plan, device: torch.device, lasting: bool = True) -> None:
+    def __init__(self, plan: Plan, lasting: bool = True) -> None:
         super().__init__()
         self.plan, self.lasting = plan, lasting
         self.sets: list[Tensor] = []
@@ -128,8 +128,8 @@ class PreparedPlan(Policy):
         for layer in range(plan.units.shape[1]):
             wanted = plan.units[:, layer]
             sets, choice = wanted.unique(dim=0, return_inverse=True)
-            self.sets.append(sets.to(device))
-            self.choices.append(torch.where(wanted.any(-1), choice, -1).to(device))
+            self.sets.append(sets)
+            self.choices.append(torch.where(wanted.any(-1), choice, -1))
 
     def decide(self, view: View) -> Decision:
-        return Decision(self.sets[view.layer], self.choices[view.layer][view.rows], lasting=self.lasting)
+        return Decision(self.sets[view.layer], self.choices[view.layer][view.packed.host_rows], lasting=self.lasting)

@@ -126,6 +126,10 @@ def _cell(
     batches = [on_device(b, model.device) for b in subject.rows.batches(batch, cell["tokens"])]
     plain = plain_of(model)
     trains = cell["what"] == "training"
+    cast = None if trains else dtype
+    if cast and model.device.type == "cuda":  # the weights themselves, as models are served there: no casts on the way
+        model, cast = copy.deepcopy(model).to(dtype), torch.float32
+        plain = plain and plain.to(dtype)
     if trains:
         contenders, make = training(model, plain, batches, dtype)
     else:
@@ -150,7 +154,7 @@ def _cell(
         name = f"{kind} {fraction:g}"
         contenders.append(Contender(name, make(policy_at, fraction), kind, fraction, learned=kind == "policy"))
     sizes = [b["input_ids"].numel() for b in batches]
-    times = take_turns(contenders, sizes, repeats, model.device, inference_dtype=None if trains else dtype)
+    times = take_turns(contenders, sizes, repeats, model.device, inference_dtype=cast)
     rows = rows_of(contenders, times, batch, cell)
     return rows if 1.0 in settings.fractions else rows[1:]
 

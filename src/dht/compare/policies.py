@@ -41,9 +41,10 @@ class ShuffledPolicy(Policy):
             return self.inner.decide(view)  # decided before layer 1, on another row's context
         mixed = (int(view.input_ids.sum()) * 31 + self.seed) * 64 + view.layer
         generator = torch.Generator().manual_seed(mixed & 0x7FFF_FFFF_FFFF_FFFF)
-        order = torch.randperm(view.rows.numel(), generator=generator).to(view.rows.device)
-        logits = None if view.logits is None else view.logits[order]
-        previous = None if view.previous is None else view.previous[order]
+        order = torch.randperm(view.rows.numel(), generator=generator)
+        there = order.to(view.rows.device)
+        logits = None if view.logits is None else view.logits[there]
+        previous = None if view.previous is None else view.previous[there]
         other = replace(view, packed=view.packed.select(order), logits=logits, previous=previous)
         return self.inner.decide(other)
 

@@ -10,20 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import DHTError
+from .fused import fuses, sum_and_norm
 from .linear import activated, dropout, joined, linear
 from .packed import Packed
 from .rotary import angles, rotate
 from .side_by_side import shares, side_by_side
-from .slices import DOWN, OUT, QKV, QKV_BIAS, UP, UP_BIAS, Given, Kept, Slices, Units
+from .slices import DOWN, OUT, QKV, QKV_BIAS, UP, UP_BIAS, Given, Kept, Slices, Units, index_of
 
 GateTap = Callable[[str, Tensor], None]
 """Called in backward with "attention" or "ffn" and activation * gradient, [S, k, size]: summed over a row's tokens and
@@ -226,16 +228,13 @@ class Block(GradientCheckpointingLayer):
             (self._listen(group, "attention", part, slices), slices.of(OUT, group.units).t(), self.out_bias)
             for group, part in zip(groups, mixed, strict=True)
         )
-        hidden = self._sum(hidden, joined(projected, tokens))
-        if not self.pre_norm:
-            hidden = self.attention_norm(hidden)
+        hidden = self._sum(hidden, joined(projected, tokens), self.attention_norm)
         source = self.ffn_norm(hidden) if self.pre_norm else hidden
         narrowed = (
             (self._widen(part, group, slices), slices.of(DOWN, group.units).t(), self.down_bias)
             for group, part in zip(groups, _parts(source, tokens), strict=True)
         )
-        hidden = self._sum(hidden, joined(narrowed, tokens))
-        return hidden if self.pre_norm else self.ffn_norm(hidden)
+        return self._sum(hidden, joined(narrowed, tokens), self.ffn_norm)
 
     def _widen(self, source: Tensor, group: Group, slices: Slices | Given) -> Tensor:
         """The FFN's inner activations of one group, [S, k * M/H]."""
@@ -276,13 +275,17 @@ class Block(GradientCheckpointingLayer):
     def _bias_of(bias: Tensor, groups: list[Group]) -> Tensor:
         """The bias of the heads that run: [1, k, T', T'] of one group, [R, k, T', T'] of several."""
         if len(groups) == 1:
-            return bias if groups[0].units is None else bias[:, list(groups[0].units)]
+            return bias if groups[0].units is None else bias[:, index_of(groups[0].units, bias.device)]
         heads = [list(group.units or range(bias.shape[1])) for group in groups for _ in range(group.rows)]
         return bias[0, torch.tensor(heads, device=bias.device)]
 
     def _mix(self, rows: Packed, qkv: Tensor, heads: int, bias: Tensor | None) -> Tensor:
         """[S, heads * size] of [S, heads * 3 * size]: packed to padded and back around one fused kernel."""
         count, longest = rows.lengths.numel(), rows.max_length
+        if bias is None and self._runs_packed(rows, qkv):
+            query, key, value = qkv.view(len(qkv), heads, 3, -1).unbind(2)
+            packed: Tensor = varlen_attn(query, key, value, rows.ends, rows.ends, longest, longest)  # type: ignore[assignment]
+            return packed.flatten(1)
         if not rows.equal:
             padded = qkv.new_zeros(count * longest, qkv.shape[-1])
             qkv = padded.index_copy(0, rows.slot, qkv)
@@ -301,6 +304,12 @@ class Block(GradientCheckpointingLayer):
         mixed = mixed.transpose(1, 2).reshape(count * longest, heads * size)
         return mixed if rows.equal else mixed.index_select(0, rows.slot)
 
+    def _runs_packed(self, rows: Packed, qkv: Tensor) -> bool:
+        """True if rows of different lengths attend as they lie, without padding: on a GPU, in half precision."""
+        plain = self.rotary is None and self.window is None and not (self.training and self.attention_dropout)
+        fits = qkv.dtype in (torch.bfloat16, torch.float16) and self.qkv_weight.shape[2] % 8 == 0
+        return qkv.is_cuda and plain and fits and not rows.equal
+
     def _mix_with_dropout(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """The fused kernel on a GPU; on a CPU there is none with dropout, and torch's own way draws slowly."""
         if query.device.type != "cpu":
@@ -310,12 +319,17 @@ class Block(GradientCheckpointingLayer):
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         return dropout(scores.softmax(-1), self.attention_dropout).to(value.dtype) @ value
 
-    def _sum(self, hidden: Tensor, product: Tensor) -> Tensor:
-        """The residual sum; in the product's memory if no gradient needs it, which saves asking for more."""
-        if self.dropout and self.training:
+    def _sum(self, hidden: Tensor, product: Tensor, norm: nn.LayerNorm | nn.Identity) -> Tensor:
+        """The residual sum, normed if the norm comes after; in the product's memory if no gradient needs it."""
+        drops = bool(self.dropout) and self.training
+        if not (self.pre_norm or drops) and fuses(hidden, norm):
+            return sum_and_norm(hidden, product, cast(nn.LayerNorm, norm))
+        if drops:
             product = dropout(product, self.dropout)
         in_place = not torch.is_grad_enabled() and product.dtype == hidden.dtype
-        return product.add_(hidden) if in_place else hidden + product
+        total = product.add_(hidden) if in_place else hidden + product
+        normed: Tensor = total if self.pre_norm else norm(total)
+        return normed
 
     def _listen(self, group: Group, part: str, activation: Tensor, slices: Slices | Given) -> Tensor:
         if group.tap is None or not activation.requires_grad:

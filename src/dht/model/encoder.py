@@ -84,28 +84,45 @@ class Embeddings(nn.Module):
         batch, places = input_ids.shape
         keep = attention_mask.bool()
         lengths = keep.sum(-1)
-        shortest, longest = torch.stack(lengths.aminmax()).tolist() if batch else (0, 0)
+        host_lengths = lengths.cpu()
+        shortest, longest = torch.stack(host_lengths.aminmax()).tolist() if batch else (0, 0)
         if batch and not shortest:
-            empty = int((lengths == 0).nonzero()[0])
+            empty = int((host_lengths == 0).nonzero()[0])
             raise ValueError(f"row {empty} of the batch has no real token: its attention_mask is all zero")
         full = shortest == places  # nothing to leave out: no index to work out
+        taken = None if full else _places_of(keep, int(host_lengths.sum()))
 
         def real(values: Tensor) -> Tensor:
-            return values if full else values[keep]
+            return values if taken is None else values.flatten().index_select(0, taken)
 
         hidden = self.words(real(input_ids))
-        if self.positions is not None:
-            position = torch.arange(places, device=input_ids.device).expand_as(input_ids)
-            if self.position_offset:
-                position = (position if full else keep.cumsum(-1) - 1) + self.position_offset
-            hidden = hidden + self.positions(real(position))
+        added = None if self.positions is None else self.positions(self._position(keep, taken))
         if self.types is not None:
-            hidden = hidden + (self.types.weight[0] if token_type_ids is None else self.types(real(token_type_ids)))
+            kind = self.types.weight[0] if token_type_ids is None else self.types(real(token_type_ids))
+            added = kind if added is None else added + kind
+        if added is not None:
+            hidden = hidden + added
         hidden = self.dropout(self.norm(hidden))
         if self.project is not None:
             hidden = self.project(hidden)
         packed = Packed(hidden.flatten(0, 1) if full else hidden, lengths, torch.arange(batch, device=input_ids.device))
-        return packed.knowing(longest, shortest == longest)
+        if not lengths.is_cpu:
+            packed.knowing(host_lengths=host_lengths, host_rows=torch.arange(batch))
+        return packed.knowing(max_length=longest, equal=shortest == longest)
+
+    def _position(self, keep: Tensor, taken: Tensor | None) -> Tensor:
+        """int64 [T], the position of every place, if all are `taken` (None); else [S], that of every real token."""
+        places = keep.shape[-1]
+        if taken is None:
+            return torch.arange(self.position_offset, self.position_offset + places, device=keep.device)
+        if not self.position_offset:
+            return taken % places
+        return (keep.cumsum(-1) - 1 + self.position_offset).flatten().index_select(0, taken)
+
+
+def _places_of(keep: Tensor, count: int) -> Tensor:
+    """int64 [count], where `keep` [B, T] is True, row after row; `count` is known, so nobody waits for it."""
+    return keep.flatten().nonzero_static(size=count)[:, 0]
 
 
 class RelativePositionBias(nn.Module):

@@ -81,17 +81,19 @@ def execute(
             trace.decisions.append((packed.rows, decision))
         trace.policy_seconds += time.perf_counter() - started
 
-        choice = decision.choice.tolist()
+        chosen = decision.choice.cpu()  # what a policy decides on an accelerator is waited for here
+        choice = chosen.tolist()
         runs = _runs(choice)
         if logits is not None and not in_step and max(choice) < 0:
             break  # all leave, and have their exits
         if -1 in choice or len({i for i, _ in runs}) < len(runs):  # else the rows lie group by group as they are
-            order = decision.choice.argsort(stable=True)
+            order = chosen.argsort(stable=True)
             runs = _runs(sorted(choice))
             leaving = runs.pop(0)[1] if runs[0][0] < 0 else 0
             if leaving and logits is None:  # they were not read by the policy and still owe their exit
                 if layer == 0:
-                    raise ValueError(f"row {int(packed.rows[order[0]])}: a policy may not stop a row before layer 1")
+                    row = int(packed.host_rows[order[0]])
+                    raise ValueError(f"row {row}: a policy may not stop a row before layer 1")
                 left = packed.select(order[:leaving])
                 trace.exits.append(Exit(layer, left.rows, _exit(encoder, layer, left, keep)))
                 account.left.append((left.rows, left.lengths, encoder.attends(layer)))
@@ -99,17 +101,17 @@ def execute(
             if not order.numel() and not in_step:
                 break
             packed = packed.select(order)
-            logits = None if logits is None else logits[order]
+            logits = None if logits is None else logits[order.to(logits.device, non_blocking=True)]
 
         sets = decision.sets.tolist()
         used = [(i, tuple(h for h, on in enumerate(sets[i]) if on), count) for i, count in runs]
-        chosen = [None if len(units) == cost.heads else units for _, units, _ in used]
+        parts = [None if len(units) == cost.heads else units for _, units, _ in used]
         taps: list[GateTap | None] = [None] * len(used)
         if tap_gates and used:
             gates = trace.gate_grads.setdefault(layer, [])
             layouts = packed.split([count for *_, count in used])
-            taps = [_tap(gates, part.rows, part.token_row, units) for part, units in zip(layouts, chosen, strict=True)]
-        groups = [Group(units, count, tap) for units, (*_, count), tap in zip(chosen, used, taps, strict=True)]
+            taps = [_tap(gates, rows.rows, rows.token_row, units) for rows, units in zip(layouts, parts, strict=True)]
+        groups = [Group(units, count, tap) for units, (*_, count), tap in zip(parts, used, taps, strict=True)]
         packed = packed.with_hidden(encoder.blocks[layer](packed, groups, bias, decision.lasting))
         ran = Ran(
             layer, packed.rows, packed.lengths, [(decision.sets[i], len(units), count) for i, units, count in used]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from torch import Tensor
 @dataclass
 class Packed:
     """Hidden states of the active rows, packed.
+
+    What has to be known to launch an operation is known on the host: reading it off an accelerator would have the host
+    wait until all work launched so far is done.
 
     Attributes:
         hidden: [S, D], tokens of row 0, then of row 1, ...
@@ -25,14 +29,29 @@ class Packed:
     rows: Tensor
 
     @cached_property
+    def host_lengths(self) -> Tensor:
+        """`lengths` on the host."""
+        return self.lengths.cpu()
+
+    @cached_property
+    def host_rows(self) -> Tensor:
+        """`rows` on the host."""
+        return self.rows.cpu()
+
+    @cached_property
     def starts(self) -> Tensor:
         """int64 [R], index in `hidden` of each row's first token."""
         return self.lengths.cumsum(0) - self.lengths
 
     @cached_property
+    def ends(self) -> Tensor:
+        """int32 [R + 1], 0 and the index in `hidden` after each row's last token."""
+        return torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0)).int()
+
+    @cached_property
     def max_length(self) -> int:
         """Tokens of the longest row; 0 with no rows."""
-        return int(self.lengths.max()) if self.lengths.numel() else 0
+        return int(self.host_lengths.max()) if self.lengths.numel() else 0
 
     @cached_property
     def equal(self) -> bool:
@@ -103,6 +122,11 @@ class Packed:
         scores = scores.float()  # an exponential is not for half precision
         if self.equal:
             weight = scores.view(rows, self.max_length, heads).softmax(1).to(self.hidden.dtype)
+            if self.hidden.is_cuda:
+                # Every head over all of D and all but its own slice dropped: reads the tokens once, writes none.
+                whole = weight.mT @ self.hidden.view(rows, self.max_length, -1)
+                own: Tensor = whole.unflatten(-1, (heads, -1)).diagonal(dim1=1, dim2=2)
+                return own.mT.flatten(1)
             tokens = self.hidden.view(rows, self.max_length, heads, self.hidden.shape[-1] // heads)
             return (tokens * weight[..., None]).sum(1).flatten(1)
         index = self.token_row[:, None].expand_as(scores)
@@ -114,16 +138,20 @@ class Packed:
         return tokens.new_zeros(rows, tokens.shape[1]).index_add(0, self.token_row, tokens)
 
     def select(self, order: Tensor) -> Packed:
-        """The rows `order` (int64 [R'], positions among the active rows), in that order."""
-        lengths, rows = self.lengths[order], self.rows[order]
+        """The rows `order` (int64 [R'], positions among the active rows, on the host), in that order."""
+        there = order.to(self.rows.device, non_blocking=True)
+        lengths, rows = self.lengths[there], self.rows[there]
+        known = {} if rows.is_cpu else {
+            "host_lengths": self.host_lengths[order], "host_rows": self.host_rows[order]
+        }  # fmt: skip
         if self.equal and self.rows.numel():
-            hidden = self.hidden.view(self.rows.numel(), self.max_length, -1).index_select(0, order).flatten(0, 1)
-            return Packed(hidden, lengths, rows).knowing(self.max_length, True)
-        total = int(lengths.sum())
+            hidden = self.hidden.view(self.rows.numel(), self.max_length, -1).index_select(0, there).flatten(0, 1)
+            return Packed(hidden, lengths, rows).knowing(max_length=self.max_length, equal=True, **known)
+        total = int(self.host_lengths[order].sum())
         starts = lengths.cumsum(0) - lengths
-        shift = torch.repeat_interleave(self.starts[order] - starts, lengths, output_size=total)
-        tokens = torch.arange(total, device=order.device) + shift
-        return Packed(self.hidden.index_select(0, tokens), lengths, rows)
+        shift = torch.repeat_interleave(self.starts[there] - starts, lengths, output_size=total)
+        tokens = torch.arange(total, device=rows.device) + shift
+        return Packed(self.hidden.index_select(0, tokens), lengths, rows).knowing(**known)
 
     def tokens_of(self, counts: list[int]) -> list[int]:
         """Tokens of consecutive groups of `counts` rows."""
@@ -131,21 +159,24 @@ class Packed:
             return [self.hidden.shape[0]]
         if self.equal:
             return [count * self.max_length for count in counts]
-        lengths = iter(self.lengths.tolist())
+        lengths = iter(self.host_lengths.tolist())
         return [sum(islice(lengths, count)) for count in counts]
 
     def split(self, counts: list[int]) -> list[Packed]:
         """Consecutive groups of `counts` rows, as views."""
         if len(counts) == 1:
             return [self]
-        parts = zip(self.lengths.split(counts), self.rows.split(counts), strict=True)
-        hidden = self.hidden.split(self.tokens_of(counts))
-        groups = [Packed(tokens, *part) for tokens, part in zip(hidden, parts, strict=True)]
-        return [group.knowing(self.max_length, True) for group in groups] if self.equal else groups
+        names = ("lengths", "rows") if self.rows.is_cpu else ("lengths", "rows", "host_lengths", "host_rows")
+        columns = zip(*(getattr(self, name).split(counts) for name in names), strict=True)
+        groups = []
+        for tokens, (lengths, rows, *host) in zip(self.hidden.split(self.tokens_of(counts)), columns, strict=True):
+            group = Packed(tokens, lengths, rows).knowing(**dict(zip(names[2:], host, strict=True)))
+            groups.append(group.knowing(max_length=self.max_length, equal=True) if self.equal else group)
+        return groups
 
-    def knowing(self, max_length: int, equal: bool) -> Packed:
-        """Itself, with what need not be worked out from `lengths` again."""
-        self.__dict__.update(max_length=max_length, equal=equal)
+    def knowing(self, **known: Any) -> Packed:
+        """Itself, with what need not be worked out from `lengths` and `rows` again, or be fetched from the device."""
+        self.__dict__.update(known)
         return self
 
     def with_hidden(self, hidden: Tensor) -> Packed:

@@ -89,7 +89,7 @@ class Slices:
         weight = self.stored[place]
         if units is None or place >= self.owned:
             return _flat(weight, place)
-        index = _index(units, weight.device)
+        index = index_of(units, weight.device)
         if self.passing or not (self.lasting or isinstance(weight, Tensor)):  # an int8 weight knows no scratch memory
             return _flat(weight.index_select(0, index), place)
         if not self.lasting:
@@ -160,7 +160,8 @@ def _keeps_nothing(block: Block) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _index(units: Units, device: torch.device) -> Tensor:
+def index_of(units: Units, device: torch.device) -> Tensor:
+    """int64 [k], kept."""
     with torch.inference_mode(False):  # backward may hold it
         return torch.tensor(units, device=device)
 

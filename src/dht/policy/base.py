@@ -71,13 +71,11 @@ class Policy(nn.Module):
 
 def run_all(view: View, heads: int) -> Decision:
     """The decision to run every active row with every unit."""
-    device = view.rows.device
     return Decision(
-        sets=torch.ones(1, heads, dtype=torch.bool, device=device),
-        choice=torch.zeros(view.rows.numel(), dtype=torch.long, device=device),
+        sets=torch.ones(1, heads, dtype=torch.bool), choice=torch.zeros(view.rows.numel(), dtype=torch.long)
     )
 
 
 def nobody(rows: Tensor, heads: int) -> Decision:
     """The decision for no rows: `rows` is empty."""
-    return Decision(sets=torch.ones(1, heads, dtype=torch.bool, device=rows.device), choice=rows)
+    return Decision(sets=torch.ones(1, heads, dtype=torch.bool), choice=rows)

@@ -39,12 +39,12 @@ class StaticPolicy(Policy):
     def __init__(self, layers: int, units: int, ranking: Tensor) -> None:
         super().__init__()
         self.layers = layers
-        self.sets = torch.zeros(ranking.shape, dtype=torch.bool, device=ranking.device)
-        self.sets.scatter_(1, ranking[:, :units], True)
+        self.sets = torch.zeros(ranking.shape, dtype=torch.bool).scatter_(1, ranking[:, :units].cpu(), True)
 
     def decide(self, view: View) -> Decision:
         runs = 0 if view.layer < self.layers else -1
-        return Decision(self.sets[view.layer][None], torch.full_like(view.rows, runs), lasting=True)
+        choice = torch.full((view.rows.numel(),), runs)
+        return Decision(self.sets[view.layer][None], choice, lasting=True)
 
 
 class FixedPlan(Policy):
@@ -55,9 +55,10 @@ class FixedPlan(Policy):
     def __init__(self, plan: Plan, reads_exits: bool = True) -> None:
         super().__init__()
         self.plan, self.reads_exits = plan, reads_exits
+        self.units = plan.units.cpu()
 
     def decide(self, view: View) -> Decision:
-        wanted = self.plan.units[view.rows, view.layer]
+        wanted = self.units[view.packed.host_rows, view.layer]
         sets, choice = wanted.unique(dim=0, return_inverse=True)
         return Decision(sets, torch.where(wanted.any(-1), choice, -1))
 
@@ -71,7 +72,7 @@ class DepthPolicy(Policy):
 
     def __init__(self, sets: Tensor) -> None:
         super().__init__()
-        self.sets = sets
+        self.sets = sets.cpu()
 
     def stops(self, view: View) -> Tensor:
         """Bool [R], which rows leave before the next layer."""

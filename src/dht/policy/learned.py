@@ -156,26 +156,26 @@ class LearnedPolicy(Policy):
         wide = self._shares(widths.device)[widths] / self._executed_shares(trace)
         return (trace.layer_cost * wide).cumsum(-1)
 
-    def _index_price(self, view: View) -> float:
+    def _index_price(self, view: View) -> Tensor:
         """The price that arms are compared at.
 
         Exploiting, a negative one is a subsidy: a budget above what the policy wants is spent on the arms that gain
         most. Training, it would be spent on width, rows of a batch would run the same layer with many head sets, and no
         set would learn its part; below zero the arms are compared at no cost and depth is dealt out by `_carried_on`.
         """
-        price = float(self.price)
-        return price if view.mode == "exploit" else max(price, 0.0)
+        return self.price if view.mode == "exploit" else self.price.clamp_min(0.0)
 
-    def _row_price(self, context: Tensor, price: float) -> Tensor:
+    def _row_price(self, context: Tensor, price: float | Tensor) -> Tensor:
         """float64 [R], the price of a row's own dense run: `price` is that of a row of mean length.
 
         Costs are learned as shares of the row's dense FLOPs, while a budget counts the FLOPs of all rows: a layer of a
         row of twice the tokens takes twice as much from it. Until the mean is known all rows cost the same.
         """
-        mean = float(self.mean_tokens)
-        if not mean:
-            return torch.full_like(context[:, 0], price)
-        return (context[:, 1] * LOG_LONGEST).exp() * (price / mean)
+        mean = self.mean_tokens
+        by_length = (context[:, 1] * LOG_LONGEST).exp() * (price / mean)
+        if mean.is_cpu:
+            return by_length if mean else torch.full_like(by_length, float(price))
+        return torch.where(mean > 0, by_length, price)  # a branch would wait for the device
 
     def expect_lengths(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Returns nothing; from now on `price` is that of a row of the mean length of these batches."""
