@@ -8,9 +8,11 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 
+import dht.bench.bandits as bandits
 import dht.bench.growth as growth
 import dht.bench.inputs as inputs
 import dht.bench.parity as parity
+import dht.bench.whole as whole
 from builders import batch, dynamic_model
 from dht._files import write_json
 from dht.bench.contend import planned
@@ -349,6 +351,42 @@ def test_rows_longer_than_the_model_takes(settings, tmp_path, monkeypatch, capsy
     line = refused(monkeypatch, capsys, "bench", "--data", settings.data, "--model", tmp_path, "--tokens", "41")
     assert "--tokens: got 41" in line
     assert "takes at most 40" in line
+
+
+def test_bandits_alone_against_the_libraries(monkeypatch, tmp_path):
+    monkeypatch.setattr(bandits, "BATCHES", 8)
+    target = tmp_path / "bandits.json"
+    done = invoke("bench", "--what", "bandits", "--json", target)
+    assert done.exit_code == 0, done.output
+    result = json.loads(target.read_text())
+    found = result["bandits"]
+    assert json.loads(done.stdout.splitlines()[-1])["bandits"]["times_as_fast"] == found["times_as_fast"]
+    assert result["rows"] == [] == found["left_out"] or found["left_out"] == ["vowpalwabbit"]
+    ours, theirs = found["results"]["dht UCB"], found["results"]["mabwiser LinUCB"]
+    assert found["times_as_fast"]["mabwiser LinUCB"] == ours["rows_per_second"] / theirs["rows_per_second"]
+    for name, each in found["results"].items():
+        assert len(each["runs"]) == 5
+        assert each["last_regret"] < each["regret"] < 1.05 * found["random_regret"], f"{name} learns"
+    assert abs(ours["regret"] - theirs["regret"]) < 0.1 * theirs["regret"], "they do the same"
+    assert "mabwiser LinUCB" in done.stderr
+
+
+def test_a_whole_training_against_transformers(settings, monkeypatch, tmp_path, capsys):  # noqa: F811
+    monkeypatch.setattr(whole, "WARM", 2)
+    monkeypatch.setattr(whole, "TIMED", 3)
+    target = tmp_path / "whole.json"
+    call = ["bench", "--what", "whole", "--data", settings.data, "--model", settings.model]
+    done = invoke(*call, "--fractions", "1,.5", "--json", target)
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads(target.read_text())["whole"]
+    assert row["budget"] == 0.5
+    assert row["dense_steps"] >= row["steps"] > 0
+    for dense in ("transformers", "own_dense"):
+        assert row[f"of_{dense}"] == row["train_seconds"] / row[f"{dense}_seconds"] > 0
+    assert "a whole training" in done.stderr
+    assert "none below 1" in refused(monkeypatch, capsys, *call, "--fractions", "1")
+    call[-1] = "preset:tiny"
+    assert "preset:tiny has no counterpart" in refused(monkeypatch, capsys, *call)
 
 
 def test_growth_table_and_picture(monkeypatch, tmp_path):

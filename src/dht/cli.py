@@ -281,7 +281,13 @@ def bench(
             " Default: minilm, on a GPU both random sizes."
         ),
     ] = None,
-    what: Annotated[str, typer.Option(help="inference, training.")] = "inference,training",
+    what: Annotated[
+        str,
+        typer.Option(
+            help="inference, training (a step); whole: a dht train against transformers' Trainer; bandits: ours against"
+            " mabwiser and vowpalwabbit."
+        ),
+    ] = "inference,training",
     fractions: Annotated[str, typer.Option("--fractions", "--budgets", help="FLOPs fractions.")] = "1.0,.5,.26,.12",
     plans: Annotated[
         str,
@@ -343,7 +349,9 @@ def bench(
 
         result = run(settings, _say)
         print_speed(result, console)
-        line = {"header": result["header"], "rows": brief(result["rows"])}
+        line = {"header": result["header"], "rows": brief(result["rows"])} | {
+            part: result[part] for part in ("whole", "bandits") if part in result
+        }
     if json is not None:
         write_json(json, result)
     typer.echo(encoder.dumps(line, separators=(",", ":")))

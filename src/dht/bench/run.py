@@ -12,6 +12,7 @@ from ..errors import DHTError
 from ..load import device_of
 from ..policy.base import Policy
 from ..policy.baselines import DensePolicy
+from .bandits import measure_bandits
 from .contend import PolicyAt, inference, plain_of, planned, priced, training
 from .header import header
 from .inputs import on_device
@@ -19,12 +20,15 @@ from .parity import check_parity
 from .settings import BenchSettings
 from .speed import Contender, rows_of, take_turns
 from .subject import SIZES, Subject, load_subject
+from .whole import measure_whole
 
 Say = Callable[[str], None]
 
 
 def bench(settings: BenchSettings, say: Say = lambda _: None) -> dict[str, Any]:
     """The full result: `header`, `parity` (largest differences), `rows` (see `rows_of`), `left_out` (sentences).
+
+    Where they were asked for also `bandits` (see `measure_bandits`) and `whole` (rows of `measure_whole`).
 
     Args:
         say: called with a line of news.
@@ -41,7 +45,15 @@ def bench(settings: BenchSettings, say: Say = lambda _: None) -> dict[str, Any]:
             result["left_out"].append(what)
             say(f"left out: {what}")
 
+    if "bandits" in settings.what:
+        result["bandits"] = measure_bandits(settings.repeats, say)
+        for name in result["bandits"]["left_out"]:
+            leave_out(f"{name}: not installed; the extra `bench` has it")
     names = settings.models or (("minilm",) if device.type == "cpu" else tuple(SIZES))
+    if "whole" in settings.what:
+        result["whole"] = [row for name in names for row in measure_whole(name, settings, say)]
+    if not {"inference", "training"} & set(settings.what):
+        return result
     subjects = [load_subject(name, settings, device) for name in names]
     if device.type == "cpu" and not torch.cuda.is_available():
         leave_out("GPU rows: torch sees no CUDA device here")
@@ -90,7 +102,7 @@ def _measure(
     rows = []
     for tokens in settings.tokens:
         policies: dict[bool, dict[float, Policy]] = {}
-        for what in settings.what:
+        for what in (kind for kind in settings.what if kind in sizes):
             for dtype in dtypes:
                 for batch in sizes[what]:
                     say(f"{subject.name}: {what}, {dtype}, {batch} x {tokens}")

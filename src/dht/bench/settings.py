@@ -9,7 +9,8 @@ from typing import Any
 from ..config import DEVICES, DTYPES
 from ..errors import ConfigError
 
-WHATS = ("inference", "training")
+WHATS = ("inference", "training", "whole", "bandits")
+"""What can be timed; `inference` and `training` (a step) unless asked."""
 PLANS = ("depth", "heads", "both", "policy", "worst")
 MIX = "mix"
 LONGEST = 512
@@ -28,7 +29,7 @@ class BenchSettings:
         training_batch: the same for training steps; empty = 32 on a CPU and those of `batch` on a GPU.
         tokens: tokens a row, or "mix": rows as the data has them, in random order.
         dtype: "float32", "bfloat16" (autocast); empty = both on a CPU, bfloat16 on a GPU.
-        what: "inference", "training". plans: some of `PLANS`.
+        what: some of `WHATS`: a forward, a training step, a whole training, the bandits alone. plans: some of `PLANS`.
         device: "auto", "cpu" or "cuda".
         repeats: timed runs of each batch; medians are reported.
         seed: of the rows drawn, the head sets and random weights.
@@ -41,7 +42,7 @@ class BenchSettings:
     training_batch: tuple[int, ...] = ()
     tokens: tuple[int | str, ...] = (32, 128, MIX)
     dtype: tuple[str, ...] = ()
-    what: tuple[str, ...] = WHATS
+    what: tuple[str, ...] = WHATS[:2]
     plans: tuple[str, ...] = PLANS
     device: str = "auto"
     repeats: int = 5

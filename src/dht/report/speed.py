@@ -30,9 +30,48 @@ def print_speed(result: Mapping[str, Any], console: Console) -> None:
     for (model, what, dtype), rows in groupby(ordered, key=lambda row: (row["model"], row["what"], row["dtype"])):
         console.print()
         console.print(speed_table(list(rows), f"{model}, {what}, {dtype}"))
+    if "bandits" in result:
+        console.print()
+        console.print(bandit_table(result["bandits"]))
+    if "whole" in result:
+        console.print()
+        console.print(whole_table(result["whole"]))
     console.print()
     for sentence in result["left_out"]:
         console.print(f"left out: {sentence}", soft_wrap=True, highlight=False, markup=False)
+
+
+def bandit_table(found: Mapping[str, Any]) -> Table:
+    """A line for each contender: rows decided for and learned from in a second, and its mean regret."""
+    setting = found["setting"]
+    title = f"bandits: {setting['arms']} arms, {setting['features']} features, batches of {setting['batch']}"
+    table = _plain_table(title, ("", "rows/s", "dht UCB is\ntimes as fast", "regret", "in the last\nquarter"))
+    for name, result in found["results"].items():
+        table.add_row(
+            name, f"{result['rows_per_second']:,.0f}", decimal(found["times_as_fast"].get(name), 1),
+            decimal(result["regret"], 4), decimal(result["last_regret"], 4),
+        )  # fmt: skip
+    return table
+
+
+def whole_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A line for each whole training: seconds, and fractions of dense FLOPs and seconds."""
+    columns = ("budget", "seconds", "FLOPs", "of transformers'\nseconds", "of our dense\npath's seconds")
+    table = _plain_table("a whole training", ("", *columns))
+    for row in rows:
+        table.add_row(
+            f"{row['model']}, {row['dtype']}", f"{row['budget']:g}", decimal(row["train_seconds"], 0),
+            decimal(row["train_flops_fraction"], 3), decimal(row["of_transformers"], 3),
+            decimal(row["of_own_dense"], 3),
+        )  # fmt: skip
+    return table
+
+
+def _plain_table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    return table
 
 
 def header_line(header: Mapping[str, Any]) -> str:

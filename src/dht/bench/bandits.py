@@ -1,45 +1,37 @@
 """Decisions and updates per second of our bandits, of `mabwiser`'s LinUCB and of `vowpalwabbit`, on one stream.
 
-    python benchmarks/bandit_speed.py --json benchmarks/results/bandit_speed.json
-
-12 arms, 32 features, batches of 64 rows: decide for all rows of a batch, then learn from the rewards of the chosen
-arms. The rewards are linear in the context plus noise, the same for all contenders; regret is the mean gap to the best
-arm over the stream. Contenders take turns, seed by seed; seconds are medians over seeds, after a warm-up. Needs the
-`bench` extra; a library that is not there is left out, and the result says so.
+Decide for all rows of a batch, then learn from the rewards of the chosen arms. The rewards are linear in the context
+plus noise, the same for all contenders; regret is the mean gap to the best arm over the stream. Contenders take turns,
+seed by seed; rows per second are medians over seeds, after a warm-up. The libraries come with the `bench` extra.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
-import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from dht._files import write_json
-from dht.bandit import LinearPosterior, choose, sample_scores, ucb_index
-from dht.bench.header import commit
+from ..bandit import LinearPosterior, choose, sample_scores, ucb_index
 
-ARMS, FEATURES, BATCH = 12, 32, 64
+ARMS, FEATURES, BATCH, BATCHES = 12, 32, 64, 60
 NOISE = 0.1
 ALPHA = 0.1
 """Optimism of both UCBs, in the scale of the noise."""
 
 ONE_HOT = np.eye(ARMS)
 
-Decide = Callable[[np.ndarray], np.ndarray]
-Learn = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+Array = NDArray[Any]
+Decide = Callable[[Array], Array]
+Learn = Callable[[Array, Array, Array], None]
 
 
-class Stream:
+class _Stream:
     """Unit contexts `[batches, BATCH, FEATURES]` and the rewards of every arm `[batches, BATCH, ARMS]`, around 0."""
 
     def __init__(self, batches: int, seed: int) -> None:
@@ -51,19 +43,19 @@ class Stream:
         self.reward = self.expected + NOISE * random.normal(size=self.expected.shape)
 
 
-def ours_ucb(seed: int) -> tuple[Decide, Learn]:
+def _ours_ucb(seed: int) -> tuple[Decide, Learn]:
     posterior = LinearPosterior(ARMS, FEATURES, 2)
 
-    def decide(context: np.ndarray) -> np.ndarray:
+    def decide(context: Array) -> Array:
         return choose(ucb_index(posterior, torch.from_numpy(context), ALPHA, 0.0)).numpy()
 
     return decide, _learning(posterior)
 
 
-def ours_thompson(seed: int) -> tuple[Decide, Learn]:
+def _ours_thompson(seed: int) -> tuple[Decide, Learn]:
     posterior, generator = LinearPosterior(ARMS, FEATURES, 2), torch.Generator().manual_seed(seed)
 
-    def decide(context: np.ndarray) -> np.ndarray:
+    def decide(context: Array) -> Array:
         return sample_scores(posterior, torch.from_numpy(context), ALPHA, generator).argmax(-1).numpy()
 
     return decide, _learning(posterior)
@@ -72,7 +64,7 @@ def ours_thompson(seed: int) -> tuple[Decide, Learn]:
 def _learning(posterior: LinearPosterior) -> Learn:
     """Two targets, as the policies have them (quality and cost); the second is zero here."""
 
-    def learn(context: np.ndarray, arm: np.ndarray, reward: np.ndarray) -> None:
+    def learn(context: Array, arm: Array, reward: Array) -> None:
         target = np.zeros((len(arm), ARMS, 2))
         target[:, :, 0] = reward[:, None]
         weight = ONE_HOT[arm]
@@ -81,20 +73,20 @@ def _learning(posterior: LinearPosterior) -> Learn:
     return learn
 
 
-def mabwiser(seed: int) -> tuple[Decide, Learn]:
+def _mabwiser(seed: int) -> tuple[Decide, Learn]:
     from mabwiser.mab import MAB, LearningPolicy
 
     bandit = MAB(list(range(ARMS)), LearningPolicy.LinUCB(alpha=ALPHA, l2_lambda=1.0), seed=seed)
     # It wants to be fitted before it predicts; a row of zeros says nothing.
     bandit.fit([0], [0.0], np.zeros((1, FEATURES)))
 
-    def learn(context: np.ndarray, arm: np.ndarray, reward: np.ndarray) -> None:
+    def learn(context: Array, arm: Array, reward: Array) -> None:
         bandit.partial_fit(arm, reward, context)
 
     return lambda context: np.asarray(bandit.predict(context)), learn
 
 
-def vowpalwabbit(seed: int) -> tuple[Decide, Learn]:
+def _vowpalwabbit(seed: int) -> tuple[Decide, Learn]:
     """Its contextual bandit over context x arm features, explored with squarecb; of a dozen settings the best here."""
     from vowpalwabbit import Workspace
 
@@ -103,10 +95,10 @@ def vowpalwabbit(seed: int) -> tuple[Decide, Learn]:
     actions = [f"|a a{arm}" for arm in range(ARMS)]
     chances: list[float] = []
 
-    def lines(row: np.ndarray) -> list[str]:
+    def lines(row: Array) -> list[str]:
         return ["shared |s " + " ".join(f"f{i}:{value:.6f}" for i, value in enumerate(row)), *actions]
 
-    def decide(context: np.ndarray) -> np.ndarray:
+    def decide(context: Array) -> Array:
         chances.clear()
         arms = []
         for row in context:
@@ -115,7 +107,7 @@ def vowpalwabbit(seed: int) -> tuple[Decide, Learn]:
             chances.append(float(share[arms[-1]]))
         return np.asarray(arms)
 
-    def learn(context: np.ndarray, arm: np.ndarray, reward: np.ndarray) -> None:
+    def learn(context: Array, arm: Array, reward: Array) -> None:
         for row, chosen, gain, chance in zip(context, arm, reward, chances, strict=True):
             example = lines(row)
             example[chosen + 1] = f"0:{-gain:.6f}:{chance:.6f} {example[chosen + 1]}"
@@ -124,15 +116,45 @@ def vowpalwabbit(seed: int) -> tuple[Decide, Learn]:
     return decide, learn
 
 
-CONTENDERS = {
-    "dht UCB": (ours_ucb, None),
-    "dht Thompson": (ours_thompson, None),
-    "mabwiser LinUCB": (mabwiser, "mabwiser"),
-    "vowpalwabbit": (vowpalwabbit, "vowpalwabbit"),
+CONTENDERS: dict[str, tuple[Callable[[int], tuple[Decide, Learn]], str | None]] = {
+    "dht UCB": (_ours_ucb, None),
+    "dht Thompson": (_ours_thompson, None),
+    "mabwiser LinUCB": (_mabwiser, "mabwiser"),
+    "vowpalwabbit": (_vowpalwabbit, "vowpalwabbit"),
 }
+"""By name: what makes the two halves of a bandit, and the module that it needs."""
 
 
-def play(make: Callable[[int], tuple[Decide, Learn]], stream: Stream, seed: int) -> dict[str, float]:
+def measure_bandits(seeds: int, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """`setting`, `random_regret`, `results` by contender, `times_as_fast` (ours over each library) and `left_out`.
+
+    Args:
+        seeds: streams of `BATCHES` batches each.
+        say: called with a line of news.
+    """
+    there = {n: make for n, (make, needs) in CONTENDERS.items() if needs is None or importlib.util.find_spec(needs)}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in there}
+    chance = []
+    for make in there.values():
+        _play(make, _Stream(2, 0), 0)
+    for seed in range(seeds):
+        say(f"bandits: stream {seed + 1} of {seeds}")
+        stream = _Stream(BATCHES, seed)
+        chance.append(float(stream.expected.max(-1).mean() - stream.expected.mean()))
+        for name, make in there.items():
+            runs[name].append(_play(make, stream, seed))
+    results = {name: _summary(found) for name, found in runs.items()}
+    speed = results["dht UCB"]["rows_per_second"]
+    return {
+        "setting": {"arms": ARMS, "features": FEATURES, "batch": BATCH, "batches": BATCHES, "seeds": seeds},
+        "random_regret": statistics.fmean(chance),
+        "results": results,
+        "times_as_fast": {n: speed / r["rows_per_second"] for n, r in results.items() if not n.startswith("dht")},
+        "left_out": [name for name in CONTENDERS if name not in there],
+    }
+
+
+def _play(make: Callable[[int], tuple[Decide, Learn]], stream: _Stream, seed: int) -> dict[str, float]:
     """Rows per second of deciding and learning together, and mean regret over the stream and its last quarter."""
     decide, learn = make(seed)
     seconds, regret = 0.0, []
@@ -150,59 +172,12 @@ def play(make: Callable[[int], tuple[Decide, Learn]], stream: Stream, seed: int)
     }
 
 
-def summary(runs: list[dict[str, float]]) -> dict[str, Any]:
+def _summary(runs: list[dict[str, float]]) -> dict[str, Any]:
     regrets = [run["regret"] for run in runs]
     return {
         "rows_per_second": statistics.median(run["rows_per_second"] for run in runs),
         "regret": statistics.fmean(regrets),
-        "regret_sd": statistics.stdev(regrets) if len(regrets) > 1 else math.nan,
+        "regret_sd": statistics.stdev(regrets) if len(regrets) > 1 else None,
         "last_regret": statistics.fmean(run["last_regret"] for run in runs),
         "runs": runs,
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=60, help=f"of {BATCH} rows")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="the result")
-    asked = parser.parse_args()
-    there = {n: m for n, (m, needs) in CONTENDERS.items() if needs is None or importlib.util.find_spec(needs)}
-    left_out = [name for name in CONTENDERS if name not in there]
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in there}
-    for make in there.values():
-        play(make, Stream(2, 0), 0)
-    for seed in range(asked.seeds):
-        stream = Stream(asked.batches, seed)
-        for name, make in there.items():
-            runs[name].append(play(make, stream, seed))
-    chance = [float((s := Stream(asked.batches, i)).expected.max(-1).mean() - s.expected.mean()) for i in range(3)]
-    results = {name: summary(found) for name, found in runs.items()}
-    speed = results["dht UCB"]["rows_per_second"]
-    result = {
-        "setting": {
-            "arms": ARMS, "features": FEATURES, "batch": BATCH, "batches": asked.batches, "seeds": asked.seeds,
-            "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit(),
-        },
-        "random_regret": statistics.fmean(chance),
-        "results": results,
-        "times_as_fast": {n: speed / r["rows_per_second"] for n, r in results.items() if not n.startswith("dht")},
-        "left_out": left_out,
-    }  # fmt: skip
-    if asked.json:
-        write_json(asked.json, result)
-    for name, found in results.items():
-        print(
-            f"{name:16} {found['rows_per_second']:>12,.0f} rows/s   regret {found['regret']:.4f} ±"
-            f" {found['regret_sd']:.4f}, last quarter {found['last_regret']:.4f}",
-            file=sys.stderr,
-        )
-    if left_out:
-        print(f"left out, not installed: {', '.join(left_out)}", file=sys.stderr)
-    print(
-        json.dumps({"times_as_fast": result["times_as_fast"], "regret": {n: r["regret"] for n, r in results.items()}})
-    )
-
-
-if __name__ == "__main__":
-    main()
