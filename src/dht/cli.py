@@ -303,7 +303,10 @@ def bench(
         str, typer.Option(help="Tokens a row; mix: rows as the data has them, in random order.")
     ] = "32,128,mix",
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 (autocast); default: both, on a GPU bfloat16.")
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 (autocast; on a GPU inference has such weights); default: both, on a GPU bfloat16."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
     repeats: Annotated[int, typer.Option(help="Timed runs of each batch, 5 or more; medians are reported.")] = 5,

@@ -11,6 +11,7 @@ from torch import nn
 from builders import batch, dynamic_model, random_plan
 from dht.bench.parity import check_parity
 from dht.model.fused import fuses, sum_and_norm
+from dht.model.packed import weighed_by_product
 from dht.policy.baselines import DensePolicy, FixedPlan
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -23,6 +24,12 @@ def on_gpu(**inputs):
 def test_nothing_is_fused_on_a_cpu():
     with torch.inference_mode():
         assert not fuses(torch.ones(2, 8), nn.LayerNorm(8))
+
+
+def test_pooling_by_a_product_is_pooling():
+    weight, tokens = torch.randn(3, 7, 4), torch.randn(3, 7, 20)
+    each = (tokens.unflatten(-1, (4, 5)) * weight[..., None]).sum(1).flatten(1)
+    torch.testing.assert_close(weighed_by_product(weight, tokens), each)
 
 
 def test_the_kernel_in_tritons_interpreter():

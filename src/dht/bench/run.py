@@ -49,11 +49,12 @@ def bench(settings: BenchSettings, say: Say = lambda _: None) -> dict[str, Any]:
         result["bandits"] = measure_bandits(settings.repeats, say)
         for name in result["bandits"]["left_out"]:
             leave_out(f"{name}: not installed; the extra `bench` has it")
-    names = settings.models or (("minilm",) if device.type == "cpu" else tuple(SIZES))
     if "whole" in settings.what:
-        result["whole"] = [row for name in names for row in measure_whole(name, settings, say)]
+        encoders = settings.models or ("minilm",)
+        result["whole"] = [row for name in encoders for row in measure_whole(name, settings, say)]
     if not {"inference", "training"} & set(settings.what):
         return result
+    names = settings.models or (("minilm",) if device.type == "cpu" else tuple(SIZES))
     subjects = [load_subject(name, settings, device) for name in names]
     if device.type == "cpu" and not torch.cuda.is_available():
         leave_out("GPU rows: torch sees no CUDA device here")

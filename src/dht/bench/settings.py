@@ -28,7 +28,8 @@ class BenchSettings:
         batch: rows a batch; empty = 1, 32, 128 on a CPU and 128, 512 on a GPU.
         training_batch: the same for training steps; empty = 32 on a CPU and those of `batch` on a GPU.
         tokens: tokens a row, or "mix": rows as the data has them, in random order.
-        dtype: "float32", "bfloat16" (autocast); empty = both on a CPU, bfloat16 on a GPU.
+        dtype: "float32", "bfloat16" (autocast; of inference on a GPU the weights themselves); empty = both on a CPU,
+            bfloat16 on a GPU.
         what: some of `WHATS`: a forward, a training step, a whole training, the bandits alone. plans: some of `PLANS`.
         device: "auto", "cpu" or "cuda".
         repeats: timed runs of each batch; medians are reported.

@@ -47,7 +47,7 @@ def load_subject(name: str, settings: BenchSettings, device: torch.device) -> Su
     Raises:
         DHTError: nothing loadable of that name, or its positions do not reach `--tokens`.
     """
-    learned = (Path(name) / "config.json").is_file() and _is_run(Path(name))
+    learned = (Path(name) / "config.json").is_file() and is_run(Path(name))
     source = settings.data or (data_of(name) if learned else "vader")
     tokenizer: PreTrainedTokenizerBase
     if learned:
@@ -86,7 +86,8 @@ def _with_directions(data: TextData, width: int, seed: int) -> TextData:
     })  # fmt: skip
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
+    """True if the folder holds a trained run."""
     try:
         return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == "dht")
     except (OSError, ValueError, AttributeError):

@@ -13,20 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoModelForSequenceClassification,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-)
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from ..config import TrainSettings
 from ..errors import DHTError
-from ..load import PRESETS, collate, model_folder
+from ..load import PRESETS, collate
 from ..train import arguments, dense_trainer, fit
+from .contend import plain_of
 from .settings import BenchSettings, short_name
+from .subject import SIZES, is_run
 
 WARM, TIMED = 10, 60
 """Dense steps before the clock starts, and on it."""
@@ -68,10 +64,10 @@ def measure_whole(name: str, settings: BenchSettings, say: Callable[[str], None]
         say: called with a line of news.
 
     Raises:
-        DHTError: a preset, which has no counterpart in `transformers`; or what `dht train` raises.
+        DHTError: not an encoder that `transformers` could train alike; or what `dht train` raises.
     """
-    if name in PRESETS:
-        raise DHTError(f"--what whole: {name} has no counterpart in transformers; give a pretrained encoder")
+    if name in PRESETS or name in SIZES or is_run(Path(name)):
+        raise DHTError(f"--what whole: got {name}, allowed: a pretrained encoder of transformers, e.g. minilm")
     dtype = settings.dtype[0] if settings.dtype else "float32"
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -89,11 +85,8 @@ def measure_whole(name: str, settings: BenchSettings, say: Callable[[str], None]
         if not rows:
             raise DHTError("--what whole: --fractions has none below 1, e.g. .26")
         say(f"{short_name(name)}: {WARM + TIMED} dense steps of transformers and of ours")
-        plain = AutoModelForSequenceClassification.from_pretrained(
-            model_folder(name), num_labels=len(fitted.data.label_names)
-        )
         trainer = Trainer(
-            plain, arguments(base, Path(folder) / "dense"), train_dataset=fitted.rows["train"],
+            plain_of(fitted.model), arguments(base, Path(folder) / "dense"), train_dataset=fitted.rows["train"],
             data_collator=lambda batch: collate(fitted.tokenizer, batch),
         )  # fmt: skip
         own = dense_trainer(base, fitted.model, fitted.tokenizer, fitted.rows, Path(folder) / "own", False)

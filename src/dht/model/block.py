@@ -305,8 +305,9 @@ class Block(GradientCheckpointingLayer):
         return mixed if rows.equal else mixed.index_select(0, rows.slot)
 
     def _runs_packed(self, rows: Packed, qkv: Tensor) -> bool:
-        """True if rows of different lengths attend as they lie, without padding: on a GPU, in half precision."""
-        plain = self.rotary is None and self.window is None and not (self.training and self.attention_dropout)
+        """True if rows of different lengths attend as they lie, without padding: serving on a GPU in half precision."""
+        serves = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        plain = serves and self.rotary is None and self.window is None
         fits = qkv.dtype in (torch.bfloat16, torch.float16) and self.qkv_weight.shape[2] % 8 == 0
         return qkv.is_cuda and plain and fits and not rows.equal
 

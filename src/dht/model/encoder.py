@@ -90,7 +90,8 @@ class Embeddings(nn.Module):
             empty = int((host_lengths == 0).nonzero()[0])
             raise ValueError(f"row {empty} of the batch has no real token: its attention_mask is all zero")
         full = shortest == places  # nothing to leave out: no index to work out
-        taken = None if full else _places_of(keep, int(host_lengths.sum()))
+        # How many there are is known, so that nobody waits for a count.
+        taken = None if full else keep.flatten().nonzero_static(size=int(host_lengths.sum()))[:, 0]
 
         def real(values: Tensor) -> Tensor:
             return values if taken is None else values.flatten().index_select(0, taken)
@@ -118,11 +119,6 @@ class Embeddings(nn.Module):
         if not self.position_offset:
             return taken % places
         return (keep.cumsum(-1) - 1 + self.position_offset).flatten().index_select(0, taken)
-
-
-def _places_of(keep: Tensor, count: int) -> Tensor:
-    """int64 [count], where `keep` [B, T] is True, row after row; `count` is known, so nobody waits for it."""
-    return keep.flatten().nonzero_static(size=count)[:, 0]
 
 
 class RelativePositionBias(nn.Module):

@@ -31,9 +31,10 @@ def sum_and_norm(hidden: Tensor, product: Tensor, norm: nn.LayerNorm) -> Tensor:
     """norm(hidden + product), [S, D]: sum and statistics in float32, the result in the wider of the two types.
 
     Args:
-        hidden, product: [S, D], contiguous, on the same GPU.
+        hidden, product: [S, D], on the same GPU.
         norm: over D.
     """
+    hidden, product = hidden.contiguous(), product.contiguous()
     normed = torch.empty_like(hidden, dtype=torch.promote_types(hidden.dtype, product.dtype))
     if not len(hidden):
         return normed

@@ -123,10 +123,7 @@ class Packed:
         if self.equal:
             weight = scores.view(rows, self.max_length, heads).softmax(1).to(self.hidden.dtype)
             if self.hidden.is_cuda:
-                # Every head over all of D and all but its own slice dropped: reads the tokens once, writes none.
-                whole = weight.mT @ self.hidden.view(rows, self.max_length, -1)
-                own: Tensor = whole.unflatten(-1, (heads, -1)).diagonal(dim1=1, dim2=2)
-                return own.mT.flatten(1)
+                return weighed_by_product(weight, self.hidden.view(rows, self.max_length, -1))
             tokens = self.hidden.view(rows, self.max_length, heads, self.hidden.shape[-1] // heads)
             return (tokens * weight[..., None]).sum(1).flatten(1)
         index = self.token_row[:, None].expand_as(scores)
@@ -141,13 +138,13 @@ class Packed:
         """The rows `order` (int64 [R'], positions among the active rows, on the host), in that order."""
         there = order.to(self.rows.device, non_blocking=True)
         lengths, rows = self.lengths[there], self.rows[there]
-        known = {} if rows.is_cpu else {
-            "host_lengths": self.host_lengths[order], "host_rows": self.host_rows[order]
-        }  # fmt: skip
+        known = {}
+        if not rows.is_cpu:
+            known = {"host_lengths": self.host_lengths[order], "host_rows": self.host_rows[order]}
         if self.equal and self.rows.numel():
             hidden = self.hidden.view(self.rows.numel(), self.max_length, -1).index_select(0, there).flatten(0, 1)
             return Packed(hidden, lengths, rows).knowing(max_length=self.max_length, equal=True, **known)
-        total = int(self.host_lengths[order].sum())
+        total = int(known.get("host_lengths", lengths).sum())
         starts = lengths.cumsum(0) - lengths
         shift = torch.repeat_interleave(self.starts[there] - starts, lengths, output_size=total)
         tokens = torch.arange(total, device=rows.device) + shift
@@ -184,3 +181,18 @@ class Packed:
         new = Packed(hidden, self.lengths, self.rows)
         new.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("hidden", "lengths", "rows")})
         return new
+
+
+def weighed_by_product(weight: Tensor, tokens: Tensor) -> Tensor:
+    """[R, D], slice h of D summed over the tokens with the weights of head h.
+
+    Every head weighs all of D, and all but its own slice is dropped: H times the arithmetic, which a GPU does not feel,
+    and the tokens are read once and written never.
+
+    Args:
+        weight: [R, T, H].
+        tokens: [R, T, D].
+    """
+    slices = (weight.mT @ tokens).unflatten(-1, (weight.shape[-1], -1))
+    own: Tensor = slices.diagonal(dim1=1, dim2=2)
+    return own.mT.flatten(1)

@@ -171,11 +171,8 @@ class LearnedPolicy(Policy):
         Costs are learned as shares of the row's dense FLOPs, while a budget counts the FLOPs of all rows: a layer of a
         row of twice the tokens takes twice as much from it. Until the mean is known all rows cost the same.
         """
-        mean = self.mean_tokens
-        by_length = (context[:, 1] * LOG_LONGEST).exp() * (price / mean)
-        if mean.is_cpu:
-            return by_length if mean else torch.full_like(by_length, float(price))
-        return torch.where(mean > 0, by_length, price)  # a branch would wait for the device
+        by_length = (context[:, 1] * LOG_LONGEST).exp() * (price / self.mean_tokens)
+        return torch.where(self.mean_tokens > 0, by_length, price)  # a branch would wait for a GPU
 
     def expect_lengths(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Returns nothing; from now on `price` is that of a row of the mean length of these batches."""
