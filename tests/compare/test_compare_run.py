@@ -190,6 +190,11 @@ def test_more_seeds_and_methods_extend_a_comparison(settings, fake):
     assert "dense-s0" not in fake[count:], "the record is enough: no cell needs those weights"
 
 
+def test_without_dense_rows_one_dense_training_tells_the_seconds(settings, fake):
+    running.run_missing(replace(settings, methods=("dht",)))
+    assert [key for key in fake if key.startswith("dense-s")] == ["dense-s0"]
+
+
 def test_weights_that_no_cell_needs_are_removed(settings, fake):
     running.run_missing(settings)
     assert not list((settings.out / "models").glob("*"))

@@ -27,7 +27,7 @@ from .matching import match_price
 from .policies import Cascade
 from .settings import CompareSettings
 from .shapes import Sizes, sizes_of
-from .trainings import Training, read_record, weights_of
+from .trainings import Training, dense_of, read_record, weights_of
 
 
 @dataclass
@@ -175,7 +175,7 @@ def row_of(cell: Cell, bench: Bench, serve: Callable[[Bench, float, int], Served
     outcome = served.outcome or bench.outcome(served.model, batches, served.policy)
     report = report_of(outcome, None, budget=cell.budget, seed=seed, split=split)
     costs = [read_record(settings, training) for training in served.used]
-    dense = read_record(settings, Training("dense", seed))
+    dense = read_record(settings, dense_of(settings, seed))
     spent = sum(cost["train_flops_fraction"] for cost in costs)
     seconds = sum(cost["train_seconds"] for cost in costs)
     tried = {training.key: read_record(settings, training) for training in [*served.used, *served.tried]}

@@ -27,7 +27,7 @@ from .methods import METHODS, ours, serve_ours
 from .seconds import seconds_of
 from .settings import CompareSettings
 from .shapes import Sizes, sizes_of
-from .trainings import Training, record_of, train_model, weights_of
+from .trainings import Training, dense_of, record_of, train_model, weights_of
 from .verdict import summaries, verdicts
 
 CELL_EFFORT, CLOCK_EFFORT = 0.05, 0.1
@@ -118,7 +118,7 @@ def jobs_of(settings: CompareSettings, sizes: Sizes) -> list[Job]:
 
     missing = set(missing_cells(settings))
     for cell in unfinished_cells(settings):
-        needs = require(Training("dense", cell.seed), weights=False)
+        needs = require(dense_of(settings, cell.seed), weights=False)
         for training in trainings_of(cell, settings, sizes):
             needs += require(training, weights=True)
         if cell in missing:

@@ -79,6 +79,14 @@ class Training:
         return 1.0 if self.kind == "dense" else min(1.0, self.budget + 0.1)
 
 
+def dense_of(settings: CompareSettings, seed: int) -> Training:
+    """What a seed's seconds are measured by: its own dense training if such are compared, else that of the first seed.
+
+    How long a training takes hardly depends on its seed, and with long rows dense ones are most of the work.
+    """
+    return Training("dense", seed if "dense" in settings.methods else settings.seeds[0])
+
+
 def weights_of(settings: CompareSettings, training: Training) -> Path:
     """The run folder that holds the model."""
     return settings.out / "models" / training.key
