@@ -7,7 +7,7 @@ import torch
 
 from builders import batch, dynamic_model
 from dht.imitation import EveryRow, _hidden, imitate
-from dht.spending import ENOUGH, FEWEST, FEWEST_ROWS, IMITATION, divide
+from dht.spending import CROPPED, ENOUGH, FEWEST, FEWEST_ROWS, IMITATION, divide
 
 FORWARD = {"epoch": 100.0, "epochs": 3.0, "whole": 900, "rows": 32, "fixed": 12.0}
 DENSE = 3 * 3 * 100.0
@@ -24,6 +24,18 @@ def test_the_parts_add_up_to_the_budget(budget, imitates):
     spent = 12.0 + spending.imitation + share * DENSE * (step * 0.98 + 0.02 + 0.03 / 3)
     assert spent == pytest.approx(budget * DENSE, abs=DENSE / 900)
     assert spending.imitation == pytest.approx(IMITATION * budget * DENSE if imitates else 0.0)
+
+
+@pytest.mark.parametrize(("warm_start", "settle"), [(0.4, 0.35), (0.8, 1.0), (0.2, 0.0)])
+def test_cut_rows_buy_steps(warm_start, settle):
+    told = {"warm_start": warm_start, "settle": settle, "surveys": 0.1}
+    whole, cut = (divide(0.2, 0.2, **FORWARD, **told, crop=crop) for crop in (1.0, 0.3))
+    assert (whole.cropped, cut.cropped) == (0, round(CROPPED * cut.steps))
+    assert cut.share > 1.5 * whole.share
+    step = (
+        sum((0.9 * cut.schedule.at(i / 1000) + 0.1) * (0.3 if i < 1000 * CROPPED else 1.0) for i in range(1000)) / 1000
+    )
+    assert 12.0 + cut.imitation + cut.share * DENSE * step == pytest.approx(0.2 * DENSE, rel=0.01)
 
 
 def test_more_than_all_steps_are_never_taken():

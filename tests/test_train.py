@@ -55,7 +55,7 @@ def sentences(tmp_path_factory, vader_path):
 def settings(encoder, sentences):
     return TrainSettings(
         data=str(sentences), model=str(encoder), out=None, budget=0.4, epochs=2, batch_size=16, lr=1e-3, max_length=48,
-        device="cpu", save_every=5, train_budget=10.0,
+        device="cpu", save_every=5, train_budget=10.0, crop=16,
     )  # fmt: skip
 
 
@@ -123,6 +123,47 @@ def test_short_trainings_take_small_steps_without_dropout(settings, tmp_path, ep
     assert (seen.dropout, seen.rows) == (dropout, rows)
     assert fitted.dense_steps == pytest.approx(epochs * 25, rel=0.02), "those of the dense model, of 16 rows"
     assert fitted.model.encoder.blocks[1].dropout == 0.1, "as it is configured, afterwards"
+
+
+@pytest.mark.parametrize("crop", [16, 0])
+def test_long_texts_are_cut_in_the_first_steps_only(crop, settings, finished, tmp_path):
+    longest = []
+
+    def make(*args):
+        trainer = training.dynamic_trainer(*args)
+        words = trainer.model.encoder.embeddings
+        words.register_forward_pre_hook(lambda m, given: longest.append(given[0].shape[1]) if m.training else None)
+        return trainer
+
+    fitted = training.fit(replace(settings, out=tmp_path / "run", crop=crop), make=make)
+    assert len(longest) == fitted.steps == 50
+    cropped = 35 if crop else 0
+    assert max(longest[cropped:]) > 16
+    if crop:
+        assert max(longest[:cropped]) == 16
+        assert fitted.report["train_flops_fraction"] == pytest.approx(finished[1]["train_flops_fraction"])
+    else:
+        assert fitted.report["train_flops_fraction"] > 1.1 * finished[1]["train_flops_fraction"]
+
+
+@pytest.mark.parametrize("task", ["pairs", "embedding"])
+def test_what_needs_all_its_words_is_never_cut(task, settings, tmp_path):
+    data = load_data(str(settings.data))
+    seen = []
+
+    def make(told, *args):
+        seen.append(told.crop)
+        raise KeyboardInterrupt
+
+    if task == "pairs":
+        train, validation = (replace(split, pairs=split.texts) for split in (data.train, data.validation))
+        data = replace(data, train=train, validation=validation)
+    else:
+        data = replace(data, task="embedding")
+    with pytest.raises(KeyboardInterrupt):
+        training.fit(replace(settings, out=tmp_path / "run", task="auto"), make=make, data=data)
+    assert seen == [0]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["crop"] == 16, "what was asked for is what is told"
 
 
 class _Stop(TrainerCallback):
@@ -328,11 +369,11 @@ def test_corrupt_runs_are_refused(finished, tmp_path):
 
 def test_the_training_budget_is_met_or_it_is_said(settings, tmp_path):
     news = []
-    fitted = training.fit(replace(settings, out=tmp_path / "met", train_budget=0.6), say=news.append)
+    fitted = training.fit(replace(settings, out=tmp_path / "met", train_budget=0.6, crop=0), say=news.append)
     assert fitted.report["train_flops_fraction"] == pytest.approx(0.6, abs=0.06)
     assert fitted.steps < fitted.dense_steps == 50
     assert not any("not 0.6" in line for line in news)
-    fitted = training.fit(replace(settings, out=tmp_path / "little", train_budget=0.1), say=news.append)
+    fitted = training.fit(replace(settings, out=tmp_path / "little", train_budget=0.1, crop=0), say=news.append)
     assert fitted.steps * 8 == 120, "of 800 rows some 15% are trained on all the same, eight at a time"
     assert any("of dense training, not 0.1: on so few rows" in line for line in news)
 

@@ -44,6 +44,9 @@ class TrainSettings:
         accumulate: batches per optimizer step.
         warm_start, settle: a step's budget starts at `warm_start` and has come down to its final value (`dht.spending`)
             after the share `settle` of all steps.
+        crop: tokens that longer texts are cut to in the first part of training (`dht.spending`), each time at another
+            place, which takes more steps for the same FLOPs; 0 = never. Pairs, words with tags and texts whose
+            embeddings are learned are never cut, nor is anything in dense training or when serving.
         save_every: checkpoint every so many steps; 0 = once an epoch.
         text_column, label_column: names in the data, as for `load_data`; None = inferred.
         task: "single" (one class a row), "multi" (several), "regression", "token" (a tag a word), "auto" (one of these,
@@ -70,6 +73,7 @@ class TrainSettings:
     accumulate: int = 1
     warm_start: float = 0.4
     settle: float = 0.35
+    crop: int = 64
     save_every: int = 0
     text_column: str | None = None
     label_column: str | None = None
@@ -109,6 +113,7 @@ class TrainSettings:
         need(lambda b: 0.0 < b <= 1.0, "warm_start", "a number in (0, 1]")
         need(lambda share: 0.0 <= share <= 1.0, "settle", "a number in [0, 1]")
         need(lambda name: name in ("auto", *TASKS), "task", ", ".join(("auto", *TASKS)))
+        need(lambda tokens: tokens == 0 or whole(3)(tokens), "crop", "0 or 3 or more")
         need(whole(0), "save_every", "0 or more")
         need(whole(0, 2**32 - 1), "seed", "0 to 2^32 - 1")
         need(lambda three: three is None or (len(three) == 3 and all(map(whole(1), three))), "limit",

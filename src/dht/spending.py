@@ -26,6 +26,9 @@ FEWEST_ROWS = 8
 SHORT = 2.0
 """Passes over the data below which training needs no dropout: no row is seen often enough to be learned by heart."""
 
+CROPPED = 0.7
+"""Share of the steps that read long rows cut short; the others read them whole (decision 16)."""
+
 BACKWARD = 2.0
 """FLOPs of a backward pass in units of its forward."""
 
@@ -39,6 +42,7 @@ class Spending:
         share: of the rows of all epochs, those that are trained on.
         schedule: fraction of dense FLOPs that a step aims at.
         imitation: FLOPs for imitation.
+        cropped: steps, the first ones, in which long rows are cut.
     """
 
     steps: int
@@ -46,6 +50,7 @@ class Spending:
     share: float
     schedule: Schedule
     imitation: float
+    cropped: int = 0
 
 
 def divide(
@@ -62,6 +67,7 @@ def divide(
     imitates: bool = True,
     warm_start: float = 0.0,
     settle: float = 0.0,
+    crop: float = 1.0,
 ) -> Spending:
     """The spending at which calibration, imitation, steps and all held-out rows come to `train_budget`.
 
@@ -75,6 +81,7 @@ def divide(
         probes: forward FLOPs on held-out rows, as a share of the steps' dense forward.
         imitates: False if no layer runs narrow.
         warm_start, settle: of the steps' schedule.
+        crop: what cut rows cost of whole ones, in (0, 1].
 
     >>> spending = divide(0.26, 0.26, epoch=1.0, epochs=3.0, whole=300, rows=32, fixed=0.1, imitates=False)
     >>> spending.steps, spending.rows, spending.schedule.budget
@@ -84,9 +91,12 @@ def divide(
     schedule = Schedule(min(1.0, round(STEP * budget, 4)), warm_start, settle)
     free = max(train_budget * dense - fixed, 0.0)
     imitation = min(IMITATION * train_budget * dense, free / 2) if imitates else 0.0
-    each = (schedule.mean * (1 - surveys) + surveys + probes / (1 + BACKWARD)) * dense
+    steered = schedule.spent() - (1 - crop) * schedule.spent(CROPPED)
+    run = 1 - (1 - crop) * CROPPED  # of what whole rows cost, in a survey
+    each = (steered * (1 - surveys) + run * surveys + probes / (1 + BACKWARD)) * dense
     share = min(1.0, max(FEWEST, (free - imitation) / each))
     taken, wanted = share * whole, min(ENOUGH, whole)
     fewer = rows if taken >= wanted else max(min(rows, FEWEST_ROWS), math.floor(rows * taken / wanted))
     steps = max(1, math.floor(taken * rows / fewer))
-    return Spending(steps, fewer, steps * fewer / (whole * rows), schedule, imitation)
+    cropped = round(CROPPED * steps) if crop < 1 else 0
+    return Spending(steps, fewer, steps * fewer / (whole * rows), schedule, imitation, cropped)

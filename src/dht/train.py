@@ -8,7 +8,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any, cast
@@ -27,6 +27,7 @@ from .adamw import optimizer_of, update
 from .calibrate import calibrate
 from .checkpoints import complete_checkpoints, newest_whole, remove_incomplete
 from .config import FASTEST, TrainSettings
+from .crop import Crop
 from .data import TextData, balanced_weights, load_data
 from .distributed import join, rank, ranks, wait
 from .embed import with_embeddings
@@ -167,6 +168,7 @@ def fit(
         say(note)
     set_seed(settings.seed)
     assert data.train is not None
+    whole = data.train.pairs is not None or data.task in (TokenTags.name, Embedding.name)
     options = {**(options or {}), **task_options(data)}
     if data.task == Embedding.name and settings.dense:
         raise DHTError("--dense: with --task embedding the full model is what is learned from; leave --dense out")
@@ -184,6 +186,8 @@ def fit(
     rows = {name: tokenise(tokenizer, getattr(data, name), settings.max_length) for name in ("train", "validation")}
     if not rank():
         write_json(settings.out / "run.json", settings.as_json())
+    if whole:  # of a pair a window loses what is compared, and the other labels speak of all words
+        settings = replace(settings, crop=0)
     if start:
         say(f"resuming from {start}")
 
@@ -343,6 +347,7 @@ def dynamic_trainer(
         feedback=lambda step: feedback[step % len(feedback)],
         feedback_every=FEEDBACK_EVERY * settings.batch_size // spending.rows,
         ledger=ledger,
+        crop=Crop(settings.crop, spending.cropped, settings.seed) if spending.cropped else None,
     )
     trainer.drops = settings.epochs * spending.share >= SHORT
     return trainer
@@ -363,7 +368,9 @@ def spending_of(
 
     epoch = forward(by_length(tokenizer, rows["train"], settings.batch_size)[0])
     held_out = forward(feedback)
-    sample = forward(_sample(rows["train"], tokenizer, settings, CALIBRATION_BATCHES))
+    sample = forward(_cut(_sample(rows["train"], tokenizer, settings, CALIBRATION_BATCHES), settings))
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows["train"]])
+    kept = cost.dense(lengths.clamp_max(settings.crop or max(lengths))).sum() / cost.dense(lengths).sum()
     per_epoch = math.ceil(math.ceil(len(rows["train"]) / (settings.batch_size * ranks())) / settings.accumulate)
     narrow = (policy.widths[0] + policy.widths[-1]) / 2 / cost.heads  # of a probe, about
     passes = 1 + policy.chooses  # over the held-out rows when the weights are final
@@ -372,7 +379,7 @@ def spending_of(
         epoch=epoch, epochs=settings.epochs, whole=math.ceil(per_epoch * settings.epochs), rows=settings.batch_size,
         fixed=(CALIBRATION * sample + passes * narrow * held_out) * ranks(),
         surveys=model.config.exploration, probes=narrow / FEEDBACK_EVERY,
-        imitates=_imitates(settings, model), warm_start=settings.warm_start, settle=settings.settle,
+        imitates=_imitates(settings, model), warm_start=settings.warm_start, settle=settings.settle, crop=float(kept),
     )  # fmt: skip
 
 
@@ -397,9 +404,10 @@ def imitated(
     sets[policy.wide_from :] = False
     layers = float(sets.any(-1).sum())
     each = (layers + 3 * float(sets.sum()) / policy.heads) / policy.layers  # teacher's forward, and a training step
-    draw, batches = random.Random(settings.seed), []
+    draw, batches = random.Random(settings.seed), list[dict[str, Tensor]]()
     while flops > 0:
-        (batch,), _ = by_length(tokenizer, draw.sample(rows["train"], min(len(rows["train"]), ROWS)), ROWS)
+        drawn, _ = by_length(tokenizer, draw.sample(rows["train"], min(len(rows["train"]), ROWS)), ROWS)
+        (batch,) = _cut(drawn, settings, len(batches))
         batches.append({key: value.to(model.device) for key, value in batch.items()})
         flops -= each * float(cost.dense(batch["attention_mask"].sum(-1)).sum())
     with autocast(model.device, getattr(torch, settings.dtype)):
@@ -410,7 +418,7 @@ def calibrated(
     settings: TrainSettings, model: DHTForSequenceClassification, tokenizer: PreTrainedTokenizerBase, rows: Rows
 ) -> Ledger:
     """Calibrates the model on training batches; returns a ledger charged with what that cost."""
-    sample = _sample(rows["train"], tokenizer, settings, CALIBRATION_BATCHES)
+    sample = _cut(_sample(rows["train"], tokenizer, settings, CALIBRATION_BATCHES), settings)
     sample = [{key: value.to(model.device) for key, value in batch.items()} for batch in sample]
     with autocast(model.device, getattr(torch, settings.dtype)):
         passes = calibrate(model, sample)
@@ -424,6 +432,12 @@ def _sample(
     """Training batches of the settings' size, spread evenly over the lengths, from a seeded draw of rows."""
     chosen = random.Random(settings.seed).sample(rows, min(len(rows), settings.batch_size * batches))
     return by_length(tokenizer, chosen, settings.batch_size)[0]
+
+
+def _cut(batches: Sequence[dict[str, Tensor]], settings: TrainSettings, first: int = 0) -> list[dict[str, Tensor]]:
+    """The batches before training, the `first` and those after it, cut as training will cut them."""
+    crop = Crop(settings.crop, len(batches) + first, settings.seed)
+    return [crop(batch, first + i, "before") for i, batch in enumerate(batches)] if settings.crop else list(batches)
 
 
 def _feedback(

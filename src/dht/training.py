@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from .crop import Crop
 from .curve import keep_curve, measure_curve
 from .distributed import merge_policy, rank, ranks, total
 from .errors import NonFiniteError
@@ -32,7 +33,7 @@ class Ledger(TrainerCallback, ExportableState):
 
     Attributes:
         executed: FLOPs run: training steps, calibration and feedback passes.
-        dense: FLOPs of the same training steps (and nothing else) on the full model.
+        dense: FLOPs of the same training steps (and nothing else) on the full model, whole rows.
         share: steps taken as a share of those that the full model would be trained for.
         history: a dict every few steps: step, fraction, target, price, loss; means over the steps since the last.
         every: steps between two of them.
@@ -101,6 +102,7 @@ class DHTTrainer(GuardedTrainer):
         price_rate: step size of the dual ascent.
         feedback_every: training steps between feedback batches.
         ledger: continues an earlier count (calibration).
+        crop: cuts long rows in the first steps; None = rows are read whole.
     """
 
     def __init__(
@@ -111,12 +113,13 @@ class DHTTrainer(GuardedTrainer):
         price_rate: float = 0.1,
         feedback_every: int = FEEDBACK_EVERY,
         ledger: Ledger | None = None,
+        crop: Crop | None = None,
         **kwargs: Any,
     ) -> None:
         kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), ledger or Ledger()]
         self._unwrapped: tuple[Any, Any] = None, None
         super().__init__(*args, **kwargs)
-        self.schedule, self.feedback = schedule, feedback
+        self.schedule, self.feedback, self.crop = schedule, feedback, crop
         self.price_rate, self.feedback_every = price_rate, feedback_every
         self.model_accepts_loss_kwargs = False
         if self.args.ddp_find_unused_parameters is None:
@@ -124,6 +127,7 @@ class DHTTrainer(GuardedTrainer):
         self._traces: list[tuple[Trace, Tensor]] = []
         self._losses: list[Tensor] = []
         self._probed = 0.0
+        self._left_out = 0.0
 
     @property
     def ledger(self) -> Ledger:
@@ -156,6 +160,12 @@ class DHTTrainer(GuardedTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward; with the last batch of an optimizer step, the policy learns from all of them."""
+        if self.crop:
+            whole, cost = inputs["attention_mask"], self.dynamic.encoder.cost
+            inputs = self.crop(inputs, self.state.global_step, f"{rank()} {len(self._traces)}")
+            if inputs["attention_mask"].shape != whole.shape:
+                kept = inputs["attention_mask"]
+                self._left_out += float(cost.dense(whole.sum(-1)).sum() - cost.dense(kept.sum(-1)).sum())
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses.append(loss)
         if self.accelerator.sync_gradients:
@@ -182,11 +192,12 @@ class DHTTrainer(GuardedTrainer):
             sum(float(trace.dense_flops.sum()) for trace, _ in self._traces),
             sum(float(loss) for loss in self._losses) / ranks(),
             float(not whole),
+            self._left_out,
         ]
-        flops, dense, loss, refusing = total(
+        flops, dense, loss, refusing, left_out = total(
             torch.tensor(sums, dtype=torch.float64, device=policy.price.device)
         ).tolist()
-        self.ledger.step(flops, dense)
+        self.ledger.step(flops, dense + left_out)
         self._count_probes()
         if refusing:
             policy.merge(base, [])
@@ -198,7 +209,7 @@ class DHTTrainer(GuardedTrainer):
                 policy.price.fill_(price)
             self.ledger.note(step, flops / dense, target, price, loss)
         policy.finish_step()
-        self._traces, self._losses = [], []
+        self._traces, self._losses, self._left_out = [], [], 0.0
 
     def _observe(self) -> None:
         """Pays the arms with what this rank's batches showed, and now and then with held-out rows."""

@@ -22,10 +22,14 @@ class Schedule:
     start: float = 1.0
     settle: float = 0.5
 
-    @property
-    def mean(self) -> float:
-        """Mean of the scheduled fraction over all of training."""
-        return self.budget + max(self.start - self.budget, 0.0) * self.settle / 2
+    def spent(self, progress: float = 1.0) -> float:
+        """The scheduled fraction summed up over training until `progress` in [0, 1]; over all of it, its mean."""
+        above = max(self.start - self.budget, 0.0)
+        if not self.settle:
+            return self.budget * progress
+        falling = min(progress, self.settle)
+        turn = math.pi / self.settle
+        return self.budget * progress + above * (falling + math.sin(turn * falling) / turn) / 2
 
     def at(self, progress: float) -> float:
         """The scheduled fraction at `progress` in [0, 1]."""
