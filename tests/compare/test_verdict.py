@@ -96,6 +96,19 @@ def test_ahead_by_spending_more_is_no_win():
     assert set(outcomes.values()) == {"unmatched"}
 
 
+def test_a_rival_that_spent_less_is_met_on_its_line():
+    ours = rows("dht", 0.88, flops_fraction=0.30) + rows("dense", 0.92, budget=1.0, flops_fraction=1.0)
+    rivals = all_rivals(PER_SAMPLE, 0.86, flops_fraction=0.2)
+    # At our .30 each rival has .86 + .10 / .80 * (.92 - .86) = .8675; the fixed arm is met as it is.
+    versus = {one.rival: one for one in judged("per-sample", ours + rivals).versus}
+    assert {one.outcome for one in versus.values()} == {"above"}
+    assert versus["hash"].difference == pytest.approx(0.88 - 0.8675)
+    assert (versus["hash"].ours, versus["hash"].theirs) == pytest.approx((0.30, 0.30))
+    assert versus["fixed"].difference == pytest.approx(0.02)
+    near = [dict(row, accuracy=0.89) if row["method"] == "length" and row["seed"] else row for row in rivals]
+    assert "length" in judged("per-sample", ours + near).sentence
+
+
 def test_efficiency_is_judged_at_equal_seconds_on_the_rivals_line():
     dense = rows("dense", 0.90, budget=1.0, time_fraction=1.0)
     # At our .30 of the time each rival has .84 + (.30 - .20) / (1 - .20) * (.90 - .84) = .8475.

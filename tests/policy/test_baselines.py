@@ -97,6 +97,9 @@ def test_plans_count_by_the_flops_of_their_rows():
     lengths = torch.tensor([10, 30])  # a quarter of the tokens is short
     rows = run_policy(model, [batch((10, 30), seed=0)], PriorPolicy(plans, "length", weights, lengths)).layers
     assert rows.tolist() == [1, 3]
+    alike = PriorPolicy(plans, "length", weights, torch.tensor([4, 4]))
+    layers = run_policy(model, many, alike).layers
+    assert float((layers == 3).double().mean()) == pytest.approx(0.75, abs=0.05), "rows of one length share them out"
 
 
 def test_rival_names(model):

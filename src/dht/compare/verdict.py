@@ -51,7 +51,8 @@ class Versus:
     """Ours against one rival.
 
     Attributes:
-        outcome: above, level, below, unmatched (the one that is ahead also spent clearly more) or not measured.
+        outcome: above, level, below, unmatched (the one that is ahead also spent clearly more, and the other's points
+            do not reach that far) or not measured.
         difference: mean of our accuracy minus the rival's over `seeds` seeds. half: of its 95% interval.
         ours, theirs: mean costs that were compared, as fractions of dense.
     """
@@ -156,7 +157,11 @@ def clearly_more(cost: float, than: float) -> bool:
 def _paired(
     rival: str, ours: Mapping[int, Row], rows: Sequence[Row], budget: float, cost: str, measure: str
 ) -> Versus:  # fmt: skip
-    """Our rows against the rival's rows of the same budget, seed by seed, its cost matched beforehand."""
+    """Our rows against the rival's rows of the same budget, seed by seed, its cost matched beforehand.
+
+    Matched on validation, that is: a rival that spent clearly less on test is met on the line through its points
+    instead, where these reach our cost.
+    """
     theirs = {row["seed"]: row for row in rows if row["method"] == rival and row["budget"] == budget}
     seeds = sorted(set(ours) & set(theirs))
     if not seeds:
@@ -164,9 +169,18 @@ def _paired(
     outcome, difference, half = compared([ours[s]["accuracy"] - theirs[s]["accuracy"] for s in seeds])
     spent = interval([ours[s][cost] for s in seeds])[0], interval([theirs[s][cost] for s in seeds])[0]
     free = rival in CEILING
-    if (outcome == "above" and not free and clearly_more(*spent)) or (
-        outcome == "below" and clearly_more(*reversed(spent))
-    ):
+    if outcome == "above" and not free and clearly_more(*spent):
+        reached = [
+            any(
+                row["seed"] == seed and row["method"] in (rival, "dense") and row[cost] >= ours[seed][cost]
+                for row in rows
+            )
+            for seed in seeds
+        ]
+        if all(reached):
+            return _along_frontier(rival, (rival,), {seed: ours[seed] for seed in seeds}, rows, cost, measure)
+        outcome = "unmatched"
+    elif outcome == "below" and clearly_more(*reversed(spent)):
         outcome = "unmatched"
     return Versus(rival, measure, outcome, len(seeds), difference, half, *spent)
 

@@ -134,7 +134,8 @@ class PriorPolicy(Policy):
 
     Args:
         plans: bool [P, N, H], plans that the learned policy executed.
-        kind: "random" draws one per row; "hash" picks by a hash of the tokens; "length" gives longer rows dearer plans.
+        kind: "random" draws one per row; "hash" picks by a hash of the tokens; "length" gives longer rows dearer plans,
+            rows of one length by a hash those that such rows span.
         weights: float [P], how often each plan counts; None = once.
         lengths: int64 [P], tokens of the rows that the plans were executed on (for "length").
     """
@@ -159,14 +160,12 @@ class PriorPolicy(Policy):
             self.register_buffer(name, tensor, persistent=False)
 
     def decide(self, view: View) -> Decision:
+        share = token_hash(view, salt=self.seed + 1 if self.kind == "random" else 0)
         if self.kind == "length":
-            # Rows of one length take the middle of the shares that such rows span.
             tokens = view.attention_mask.sum(-1)
             edges = torch.nn.functional.pad(self.share_of_length, (1, 0))
             ends = [torch.searchsorted(self.lengths, tokens, right=right) for right in (False, True)]
-            share = (edges[ends[0]] + edges[ends[1]]) / 2
-        else:
-            share = token_hash(view, salt=self.seed + 1 if self.kind == "random" else 0)
+            share = torch.lerp(edges[ends[0]], edges[ends[1]], share)
         pick = torch.searchsorted(self.share_of_plan, share, right=True).clamp_max(len(self.plans) - 1)
         wanted = self.plans[pick[view.rows], view.layer]
         sets, choice = wanted.unique(dim=0, return_inverse=True)
