@@ -61,6 +61,39 @@ def block(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+OVERVIEW = {
+    "dense": "dense",
+    "dht": "**dht**",
+    "fixed": "best fixed arm",
+    "random": "blind dealing",
+    "static": "static sub-network",
+    "dense-decay": "dense, our training FLOPs",
+}
+"""Columns of the overview."""
+
+
+def overview(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The markdown of all comparisons at a glance: accuracy (seeds), and the verdict on deciding per sample."""
+    lines = [
+        f"| data, model | budget | {' | '.join(OVERVIEW.values())} | per sample |",
+        "|---" * (len(OVERVIEW) + 3) + "|",
+    ]
+    for result in results.values():
+        entries = {(entry["method"], entry["budget"]): entry for entry in result["summary"]}
+        words = {v["budget"]: v for v in result["verdicts"] if v["claim"] == "per-sample"}
+        for budget in sorted(words, reverse=True):
+            cells = [_accuracy(entries.get((method, 1.0 if method == "dense" else budget))) for method in OVERVIEW]
+            verdict = words[budget]
+            said = verdict["word"] if verdict["word"] == verdict["tendency"] else f"tends: {verdict['tendency']}"
+            settings = result["settings"]
+            lines.append(f"| {settings['data']}, {settings['model']} | {budget:g} | {' | '.join(cells)} | {said} |")
+    return "\n".join(lines)
+
+
+def _accuracy(entry: Mapping[str, Any] | None) -> str:
+    return f"{100 * entry['accuracy']:.1f} ({len(entry['seeds'])})" if entry else "–"
+
+
 def main() -> None:
     """Takes in what is given, then rewrites every block."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,13 +103,14 @@ def main() -> None:
     if asked.folder:
         take_in(asked.folder, asked.name)
     text = PAGE.read_text(encoding="utf-8")
-    for file in sorted(RESULTS.glob("compare_*.json")):
-        name = file.stem.removeprefix("compare_")
+    files = sorted(RESULTS.glob("compare_*.json"))
+    results = {file.stem.removeprefix("compare_"): json.loads(file.read_text(encoding="utf-8")) for file in files}
+    made = {"overview": overview(results)} | {name: block(result) for name, result in results.items()}
+    for name, lines in made.items():
         start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
         if start not in text:
             raise SystemExit(f"{PAGE}: no place for {name}; put {start} and {end} where it belongs")
-        made = block(json.loads(file.read_text(encoding="utf-8")))
-        text = re.sub(f"{start}.*?{end}", lambda _: f"{start}\n{made}\n{end}", text, flags=re.S)  # noqa: B023
+        text = re.sub(f"{start}.*?{end}", lambda _: f"{start}\n{lines}\n{end}", text, flags=re.S)  # noqa: B023
     write_text(PAGE, text)
 
 
