@@ -146,6 +146,22 @@ def test_long_texts_are_cut_in_the_first_steps_only(crop, settings, finished, tm
         assert fitted.report["train_flops_fraction"] > 1.1 * finished[1]["train_flops_fraction"]
 
 
+def test_one_long_text_among_short_ones_buys_next_to_nothing(settings, tmp_path, monkeypatch):
+    data, kept = load_data(str(settings.data)), []
+    texts = ["a short one that says next to nothing at all"] * 399 + ["long " * 60]
+
+    def divide(*args, crop, **kwargs):
+        kept.append(crop)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "divide", divide)
+    with pytest.raises(KeyboardInterrupt):
+        training.fit(
+            replace(settings, out=tmp_path / "run"), data=replace(data, train=replace(data.train, texts=texts))
+        )
+    assert 0.9 < kept[0] < 1.0, "attention is padded to the rows of a batch, not to the longest of all"
+
+
 @pytest.mark.parametrize("task", ["pairs", "embedding"])
 def test_what_needs_all_its_words_is_never_cut(task, settings, tmp_path):
     data = load_data(str(settings.data))

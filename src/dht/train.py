@@ -366,11 +366,10 @@ def spending_of(
     def forward(batches: Iterable[dict[str, Tensor]]) -> float:
         return sum(float(cost.dense(batch["attention_mask"].sum(-1)).sum()) for batch in batches)
 
-    epoch = forward(by_length(tokenizer, rows["train"], settings.batch_size)[0])
+    batches, _ = by_length(tokenizer, rows["train"], settings.batch_size)
+    epoch = forward(batches)
     held_out = forward(feedback)
     sample = forward(_cut(_sample(rows["train"], tokenizer, settings, CALIBRATION_BATCHES), settings))
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows["train"]])
-    kept = cost.dense(lengths.clamp_max(settings.crop or max(lengths))).sum() / cost.dense(lengths).sum()
     per_epoch = math.ceil(math.ceil(len(rows["train"]) / (settings.batch_size * ranks())) / settings.accumulate)
     narrow = (policy.widths[0] + policy.widths[-1]) / 2 / cost.heads  # of a probe, about
     passes = 1 + policy.chooses  # over the held-out rows when the weights are final
@@ -379,7 +378,8 @@ def spending_of(
         epoch=epoch, epochs=settings.epochs, whole=math.ceil(per_epoch * settings.epochs), rows=settings.batch_size,
         fixed=(CALIBRATION * sample + passes * narrow * held_out) * ranks(),
         surveys=model.config.exploration, probes=narrow / FEEDBACK_EVERY,
-        imitates=_imitates(settings, model), warm_start=settings.warm_start, settle=settings.settle, crop=float(kept),
+        imitates=_imitates(settings, model), warm_start=settings.warm_start, settle=settings.settle,
+        crop=forward(_cut(batches, settings)) / epoch,
     )  # fmt: skip
 
 
