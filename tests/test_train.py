@@ -135,7 +135,9 @@ def test_long_texts_are_cut_in_the_first_steps_only(crop, settings, finished, tm
         words.register_forward_pre_hook(lambda m, given: longest.append(given[0].shape[1]) if m.training else None)
         return trainer
 
-    fitted = training.fit(replace(settings, out=tmp_path / "run", crop=crop), make=make)
+    news = []
+    fitted = training.fit(replace(settings, out=tmp_path / "run", crop=crop), make=make, say=news.append)
+    assert any("training texts have more than 16 tokens" in line for line in news) == bool(crop)
     assert len(longest) == fitted.steps == 50
     cropped = 35 if crop else 0
     assert max(longest[cropped:]) > 16

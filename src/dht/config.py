@@ -113,7 +113,7 @@ class TrainSettings:
         need(lambda b: 0.0 < b <= 1.0, "warm_start", "a number in (0, 1]")
         need(lambda share: 0.0 <= share <= 1.0, "settle", "a number in [0, 1]")
         need(lambda name: name in ("auto", *TASKS), "task", ", ".join(("auto", *TASKS)))
-        need(lambda tokens: tokens == 0 or whole(3)(tokens), "crop", "0 or 3 or more")
+        need(lambda tokens: tokens == 0 or whole(3)(tokens), "crop", "0, or 3 or more")
         need(whole(0), "save_every", "0 or more")
         need(whole(0, 2**32 - 1), "seed", "0 to 2^32 - 1")
         need(lambda three: three is None or (len(three) == 3 and all(map(whole(1), three))), "limit",

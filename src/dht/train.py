@@ -188,6 +188,12 @@ def fit(
         write_json(settings.out / "run.json", settings.as_json())
     if whole:  # of a pair a window loses what is compared, and the other labels speak of all words
         settings = replace(settings, crop=0)
+    longer = sum(len(row["input_ids"]) > settings.crop for row in rows["train"]) if settings.crop else 0
+    if longer and not settings.dense:
+        say(
+            f"{longer} of {len(rows['train'])} training texts have more than {settings.crop} tokens: most steps read a"
+            " window of them (--crop 0 reads them whole)"
+        )
     if start:
         say(f"resuming from {start}")
 
