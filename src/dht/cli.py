@@ -135,6 +135,9 @@ def train(
     crop: Annotated[
         int, typer.Option(help="Tokens that longer texts are cut to in the first 70% of the steps; 0 = never.")
     ] = 64,
+    lexical: Annotated[
+        bool, typer.Option(help="An exit before layer 1 that reads words and pairs of words; sure rows run no layer.")
+    ] = True,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0 = once an epoch.")] = 0,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
@@ -163,10 +166,9 @@ def train(
     settings = TrainSettings(
         data=data, model=model, out=out, budget=budget, train_budget=train_budget, search=search, ffn=ffn,
         epochs=epochs, seed=seed, batch_size=batch_size, lr=lr, max_length=max_length, device=device, dtype=dtype,
-        accumulate=accumulate,
-        warm_start=warm_start, settle=settle, crop=crop, save_every=save_every, text_column=text_column,
-        label_column=label_column, class_weights=class_weights, task=task, dense=dense,
-        limit=listed_numbers("--limit", limit, int) if limit else None,
+        accumulate=accumulate, warm_start=warm_start, settle=settle, crop=crop, lexical=lexical,
+        save_every=save_every, text_column=text_column, label_column=label_column, class_weights=class_weights,
+        task=task, dense=dense, limit=listed_numbers("--limit", limit, int) if limit else None,
     )  # fmt: skip
     settings.check()
     from .checkpoints import complete_checkpoints

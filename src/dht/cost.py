@@ -74,6 +74,10 @@ class CostModel:
         scored = lengths.to(torch.float64) * (self.heads if attends else 0)
         return 2.0 * self.width * (self.width + self.classes + scored)
 
+    def lexical(self, lengths: Tensor) -> Tensor:
+        """FLOPs per row of the lexical exit, float64 [R]: a sum over its tokens and pairs of neighbours."""
+        return (2 * lengths.to(torch.float64) - 1) * (2.0 * self.classes)
+
     def attention(self, units: Tensor | int, padded: Tensor | int) -> Tensor | int:
         """FLOPs per row of QK^T and AV with `units` heads on `padded` tokens."""
         return 4 * units * (self.width // self.heads) * padded * padded

@@ -207,7 +207,7 @@ def _depth_only(model: PreTrainedModel, budget: float, seed: int) -> DHTForSeque
         )
     settings: dict[str, Any] = {
         "widths": [config.num_attention_heads], "search": "tree", "pooling": "attention", "budget": budget,
-        "policy_seed": seed,
+        "policy_seed": seed, "lexical_pairs": 0,
     }  # fmt: skip
     if isinstance(model, DHTForSequenceClassification):
         config = copy.deepcopy(model.config)

@@ -33,6 +33,7 @@ class Outcome:
             places without one.
         layers: int64 [n]. units: bool [n, N, H]. flops, dense_flops: float64 [n].
         exit_logits: float [n, N, C] (of a tagger [n, N, T, C]), zeros where not visited; visited: bool [n, N].
+        at_once: float [n, C], logits of the lexical exit; [n, 0] if it was not read.
     """
 
     labels: Tensor
@@ -43,6 +44,7 @@ class Outcome:
     dense_flops: Tensor
     exit_logits: Tensor
     visited: Tensor
+    at_once: Tensor
     task: Task = field(default=SINGLE_LABEL, kw_only=True)
 
     @property
@@ -87,7 +89,12 @@ def run_policy(
             answer = model.task.answers(trace.logits)
             if isinstance(model.task, TokenTags):
                 answer = torch.where(labels == IGNORED, labels, answer)
-            row = (labels, answer, trace.layers, trace.units, trace.flops, trace.dense_flops, logits.float(), visited)
+            first = trace.exits[0]
+            at_once = first.logits.float() if not first.layer else logits.new_zeros(len(labels), 0)
+            row = (
+                labels, answer, trace.layers, trace.units, trace.flops, trace.dense_flops, logits.float(), visited,
+                at_once,
+            )  # fmt: skip
             parts.append(tuple(part.cpu() for part in row))
             if progress:
                 progress()

@@ -24,7 +24,9 @@ runtime = optional("onnxruntime", "onnx", "dht.onnx")
 
 __all__ = ["CHAIN_FILE", "CHAIN_VERSION", "POLICY_FILE", "ChainResult", "ChainRunner"]
 
-CHAIN_FILE, POLICY_FILE, CHAIN_VERSION = "chain.json", "policy.safetensors", 2
+CHAIN_FILE, POLICY_FILE, CHAIN_VERSION = "chain.json", "policy.safetensors", 3
+WITHOUT_LEXICAL = 2
+"""Version of chains without an exit before layer 1, which an older dht reads too."""
 EXIT_FEATURES = 8
 
 
@@ -71,6 +73,10 @@ class ChainRunner:
             self.label_names, self.max_length = facts["label_names"], facts["max_length"]
             self.pad_token_id, names = facts["pad_token_id"], facts["layers"]
             trained_for, self.exit_memory = float(facts["budget"]), float(facts.get("exit_memory", 0.0))
+            self.lexical_pairs, self.pair_factors = (
+                int(facts.get("lexical_pairs", 0)),
+                facts.get("pair_factors", [0, 0]),
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -125,6 +131,9 @@ class ChainRunner:
         rows, arm = np.arange(len(mask)), np.zeros(len(mask), dtype=np.int64)
         answer = np.zeros((len(rows), len(self.label_names)), dtype=np.float32)
         logits = before = answer
+        if self.lexical_pairs:
+            logits = self._lexical(fed["input_ids"], mask)
+            answer = logits.copy()
         heads = np.zeros((len(rows), depth), dtype=np.int64)
         for layer in range(depth):
             if self.search == "tree" or layer == 0:
@@ -146,7 +155,8 @@ class ChainRunner:
                     None, {"states": states[group], "attention_mask": mask[group]}
                 )
             states = after
-            logits += np.float32(self.exit_memory) * before
+            if layer or self.lexical_pairs:
+                logits += np.float32(self.exit_memory) * before
             answer[rows], heads[rows, layer] = logits, np.take(self.widths, width)
         return ChainResult(answer, heads)
 
@@ -197,6 +207,19 @@ class ChainRunner:
             str(self.folder / Path(name).name), self._options, providers=["CPUExecutionProvider"]
         )
 
+    def _lexical(self, input_ids: NDArray[Any], mask: NDArray[Any]) -> NDArray[Any]:
+        """float32 [B, C], logits of the exit before layer 1: as in `dht.model.lexical`."""
+        weight, bias = self._policy["lexical_weight"], self._policy["lexical_bias"]
+        vocabulary, keep = len(weight) - self.lexical_pairs, mask.astype(bool)
+        first, second = self.pair_factors
+        hashed = (input_ids[:, :-1] * first + input_ids[:, 1:] * second) % self.lexical_pairs + vocabulary
+        together = keep[:, :-1] & keep[:, 1:]
+        logits = np.empty((len(keep), len(bias)), dtype=np.float32)
+        for i in range(len(keep)):
+            seen = np.unique(np.concatenate([input_ids[i][keep[i]], hashed[i][together[i]]]))
+            logits[i] = weight[seen].sum(0) / math.sqrt(len(seen)) + bias
+        return logits
+
     def _best(self, layer: int, context: NDArray[Any]) -> NDArray[Any]:
         """int64 [R], the arm of highest quality less price times cost; the price is that of a row of mean length."""
         mean = float(self._policy.get("mean_tokens", 0.0))
@@ -207,8 +230,8 @@ class ChainRunner:
 
     def _widths(self, layer: int, arm: NDArray[Any]) -> NDArray[Any]:
         """int64 [R], index of the width that each row runs in the next layer; -1 = it leaves."""
-        if self.search == "tree":  # arms: stop (not before layer 1), then the widths
-            return arm - (layer > 0)
+        if self.search == "tree":  # arms: stop (before layer 1 only with a lexical exit), then the widths
+            return arm - (layer > 0 or self.lexical_pairs > 0)
         count = len(self.widths)  # arms: (layers, width), depth by depth
         widest = self._layers[layer][0] is None
         width = np.full_like(arm, count - 1) if widest else arm % count
@@ -222,14 +245,14 @@ class ChainRunner:
         phi = np.zeros((len(mask), EXIT_FEATURES + len(projection)), dtype=np.float32)
         phi[:, 0] = 1.0
         phi[:, 1] = np.log(mask.sum(-1).astype(np.float32)) / math.log(512)
-        if layer:
+        if layer or self.lexical_pairs:
             probabilities = _softmax(logits)
             ordered = np.sort(probabilities, -1)
             sure, second = ordered[:, -1], ordered[:, -2]
             safe = np.where(probabilities > 0, probabilities, 1)
             entropy = -(probabilities * np.log(safe)).sum(-1) / math.log(probabilities.shape[-1])
             phi[:, 2:6] = np.stack([sure, sure**2, entropy, sure - second], -1)
-            if layer > 1:
+            if layer > (0 if self.lexical_pairs else 1):
                 phi[:, 6] = before.argmax(-1) == logits.argmax(-1)
                 phi[:, 7] = _softmax(before).max(-1)
         elif len(projection):

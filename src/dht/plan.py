@@ -70,7 +70,7 @@ class Plan:
 
 @dataclass
 class Exit:
-    """Logits of one exit: `layer` in 1..N, `rows` int64 [R], `logits` [R, C].
+    """Logits of one exit: `layer` in 0..N (0 = the lexical one), `rows` int64 [R], `logits` [R, C].
 
     Of a tagger they are [R, T, C], -inf at places without a token.
     """
@@ -121,6 +121,8 @@ class Account:
         self.ran: list[Ran] = []
         self.left: list[tuple[Tensor, Tensor, bool]] = []
         """Rows and lengths of exits computed on leaving, outside of a layer, and whether they scored every token."""
+        self.lexical = False
+        """Whether the exit before layer 1 was read."""
 
     @cached_property
     def units(self) -> Tensor:
@@ -156,6 +158,8 @@ class Account:
     def flops(self) -> Tensor:
         """float64 [B], executed FLOPs: embedding projection, attention (padding included), FFN, exits, policy."""
         flops = self.cost.embedding(self.lengths) + self.layer_flops.sum(-1)
+        if self.lexical:
+            flops += self.cost.lexical(self.lengths)
         for rows, lengths, attends in self.left:
             flops[rows] += self.cost.exit(lengths, attends)
         if self.deciding is not None:  # a row that ran a layer decided before it, and once more if there was another
@@ -268,7 +272,7 @@ class Trace:
         return float(self.flops.sum() / self.dense_flops.sum().clamp_min(1.0))
 
     def exit_table(self) -> tuple[Tensor, Tensor]:
-        """Returns all exits as one table: logits [B, N, C] (zeros where not visited) and visited, bool [B, N].
+        """Returns exits 1 to N as one table: logits [B, N, C] (zeros where not visited) and visited, bool [B, N].
 
         Of a tagger the logits are [B, N, T, C].
         """
@@ -277,6 +281,8 @@ class Trace:
         table = first.new_zeros(rows, num_layers, *first.shape[1:])
         visited = torch.zeros(rows, num_layers, dtype=torch.bool, device=first.device)
         for exit_ in self.exits:
+            if not exit_.layer:
+                continue
             table[exit_.rows, exit_.layer - 1] = exit_.logits.detach()
             visited[exit_.rows, exit_.layer - 1] = True
         return table, visited

@@ -61,13 +61,13 @@ def rival(name: str, model: DHTForSequenceClassification, budget: float, calibra
 
 @dataclass
 class _Depths:
-    """All exits of full-depth runs with one fixed head set a layer."""
+    """All exits of full-depth runs with one fixed head set a layer; the lexical one first, if there is one."""
 
     outcome: Outcome
     cumulative: Tensor  # [n, N] FLOPs up to each exit
 
     def spent(self, depth: Tensor) -> float:
-        """FLOPs fraction if row i leaves after `depth[i]` layers."""
+        """FLOPs fraction if row i leaves at its exit number `depth[i]`, from 1."""
         return float(self.cumulative.gather(1, (depth - 1)[:, None]).sum() / self.outcome.dense_flops.sum())
 
     def accuracy(self, depth: Tensor) -> float:
@@ -127,7 +127,11 @@ def match_exits(
     outcome = replace(outcome, exit_logits=outcome.exit_logits[:, :depth])
     tokens = round(float(torch.cat([batch["attention_mask"].sum(-1) for batch in calibration]).double().mean()))
     shares = model.encoder.cost.layer_shares(sets[:depth].sum(-1), tokens)
-    depths = _Depths(outcome, outcome.flops[:, None] * shares.cumsum(0))
+    spent = outcome.flops[:, None] * shares.cumsum(0)
+    if name == "confidence" and outcome.at_once.shape[1]:
+        spent = torch.nn.functional.pad(spent, (1, 0))
+        outcome = replace(outcome, exit_logits=torch.cat([outcome.at_once[:, None], outcome.exit_logits], 1))
+    depths = _Depths(outcome, spent)
     find = _confidence_depth if name == "confidence" else _patience_depth
     low, high = (0.0, 1.0) if name == "confidence" else (0.0, float(depth))
     affordable = depths.spent(find(outcome, low)) <= budget

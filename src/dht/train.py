@@ -37,6 +37,7 @@ from .hf.card import CARD, write_card
 from .hf.convert import FAMILIES, export
 from .hf.modeling import DHTForSequenceClassification
 from .imitation import ROWS, imitate
+from .lexical import CLASSES, PAIRS, fit_lexical
 from .load import PRESETS, all_told_of, build, by_length, collate, device_of, tokenise
 from .manifest import MANIFEST, MODEL_FILES, TOKENIZER_FILES, write_manifest
 from .measure import autocast, report_of, run_policy, split_labels, time_policy
@@ -49,6 +50,7 @@ CALIBRATION_BATCHES = 8
 CALIBRATION = 3.0
 """FLOPs of calibrating with a batch, in units of its dense forward."""
 FEEDBACK_ROWS = 1024
+LEXICAL_ROWS = 256
 TIMED_STEPS = 12
 
 Say = Callable[[str], None]
@@ -170,6 +172,8 @@ def fit(
     assert data.train is not None
     whole = data.train.pairs is not None or data.task in (TokenTags.name, Embedding.name)
     options = {**(options or {}), **task_options(data)}
+    if _reads_words(settings, data):
+        options.setdefault("lexical_pairs", PAIRS)
     if data.task == Embedding.name and settings.dense:
         raise DHTError("--dense: with --task embedding the full model is what is learned from; leave --dense out")
     if data.task == Embedding.name and settings.model in PRESETS:
@@ -239,6 +243,13 @@ def task_options(data: TextData) -> dict[str, Any]:
         assert data.train is not None
         options |= {"label_mean": mean(data.train.labels), "label_std": pstdev(data.train.labels)}
     return options
+
+
+def _reads_words(settings: TrainSettings, data: TextData) -> bool:
+    """True if this training has a lexical exit."""
+    single = data.task == SingleLabel.name and len(data.label_names) <= CLASSES
+    assert data.train is not None
+    return settings.lexical and not settings.dense and settings.search == "tree" and single and not data.train.pairs
 
 
 def _run(trainer: Trainer, checkpoints: Path, start: Path | None) -> None:
@@ -340,6 +351,7 @@ def dynamic_trainer(
     ledger = Ledger() if resuming else calibrated(settings, model, tokenizer, rows)
     ledger.share = spending.share
     if not resuming:
+        ledger.executed += worded(model, tokenizer, rows, feedback) * ranks()
         ledger.executed += imitated(settings, model, tokenizer, rows, spending.imitation / ranks()) * ranks()
     told = arguments(settings, checkpoints)
     told.max_steps, told.per_device_train_batch_size = spending.steps, spending.rows
@@ -418,6 +430,21 @@ def imitated(
         flops -= each * float(cost.dense(batch["attention_mask"].sum(-1)).sum())
     with autocast(model.device, getattr(torch, settings.dtype)):
         return imitate(model, batches, sets)
+
+
+def worded(
+    model: DHTForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    feedback: Sequence[dict[str, Tensor]],
+) -> float:
+    """Fits the lexical exit, if there is one, to all training rows; returns the FLOPs spent."""
+    if model.encoder.lexical is None:
+        return 0.0
+    batches, _ = by_length(tokenizer, rows["train"], LEXICAL_ROWS)
+    moved = ({key: value.to(model.device) for key, value in batch.items()} for batch in batches)
+    words = model.encoder.embeddings.words.weight
+    return fit_lexical(model.encoder.lexical, words, moved, feedback, model.task)
 
 
 def calibrated(

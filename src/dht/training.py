@@ -18,7 +18,7 @@ from .guarded import GuardedTrainer
 from .hf.modeling import DHTForSequenceClassification, exit_loss
 from .plan import Mode, Trace
 from .policy.budget import Schedule, dual_ascent
-from .policy.reward import quality
+from .policy.reward import quality, quality_at_once
 from .spending import BACKWARD
 
 FEEDBACK_EVERY = 32
@@ -244,7 +244,8 @@ class DHTTrainer(GuardedTrainer):
             trace: Trace = model(**inputs, mode="probe").trace
         model.train(was_training)
         self._probed += float(trace.flops.sum())
-        model.policy.observe(trace, quality(trace, batch["labels"], model.task))
+        labels = batch["labels"]
+        model.policy.observe(trace, quality(trace, labels, model.task), quality_at_once(trace, labels, model.task))
         return trace
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import DHTError
 from ..hf.modeling import DHTForSequenceClassification, exit_loss
-from ..model.reference import reference
+from ..model.reference import lexical_reference, reference
 from ..plan import Plan, Trace
 from ..policy.base import Policy
 from ..task import Task
@@ -56,8 +56,12 @@ def _run(model: DHTForSequenceClassification, policy: Policy, inputs: Batch, *, 
 def _answers(model: DHTForSequenceClassification, policy: Policy, trace: Trace, inputs: Batch) -> Tensor:
     """The reference's logits [B, C] (of a tagger [B, T, C]) of the exits at which the rows left."""
     places = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("token_type_ids")
-    exits = torch.stack(reference(model.encoder, Plan(trace.units), *places, alone=not policy.reads_exits), 1)
-    return exits[torch.arange(len(exits), device=exits.device), trace.layers - 1]
+    exits = reference(model.encoder, Plan(trace.units), *places, alone=not policy.reads_exits)
+    mask = inputs.get("attention_mask")
+    keep = torch.ones_like(places[0], dtype=torch.bool) if mask is None else mask.bool()
+    first = lexical_reference(model.encoder, places[0], keep)
+    every = torch.stack([exits[0] if first is None else first, *exits], 1)  # by layers run
+    return every[torch.arange(len(every), device=every.device), trace.layers]
 
 
 def _compare_gradients(

@@ -48,23 +48,31 @@ class Arms:
 def all_arms(model: DHTForSequenceClassification, batches: Sequence[Batch], dtype: torch.dtype) -> Arms:
     """Every depth with every width of the policy, its best units: one full-depth pass a width.
 
-    An arm pays for one exit head, as a static model does.
+    Its exits add up, as ours do, and it pays for those that it passes. Where there is a lexical exit, leaving at once
+    is an arm too.
     """
     layers, cost = model.config.num_hidden_layers, model.encoder.cost
     shapes, answers, flops, plans = [], [], [], []
     lengths = torch.cat([batch["attention_mask"].sum(-1) for batch in batches]).cpu()
-    heads = [cost.exit(lengths, exit_.queries is not None) for exit_ in model.encoder.exits]
-    embedding = cost.embedding(lengths)
+    heads = torch.stack([cost.exit(lengths, exit_.queries is not None) for exit_ in model.encoder.exits], 1).cumsum(1)
+    first = cost.embedding(lengths)
+    if model.encoder.lexical is not None:
+        first = first + cost.lexical(lengths)
     for width in model.policy.widths:
         sets = model.policy.sets_of(width)
         outcome = run_policy(model, batches, ConfidencePolicy(sets, 2.0), dtype=dtype)
         shares = cost.layer_shares(sets.sum(-1), round(float(lengths.double().mean())))
-        spent = (outcome.flops - embedding - torch.stack(heads).sum(0))[:, None] * shares.cumsum(0)
+        spent = (outcome.flops - first - heads[:, -1])[:, None] * shares.cumsum(0)
         for depth in range(1, layers + 1):
             shapes.append((depth, width))
             answers.append(outcome.exit_logits[:, depth - 1].argmax(-1))
-            flops.append(embedding + spent[:, depth - 1] + heads[depth - 1])
+            flops.append(first + spent[:, depth - 1] + heads[:, depth - 1])
             plans.append(sets.cpu() & (torch.arange(layers) < depth)[:, None])
+    if outcome.at_once.shape[1]:
+        shapes.append((0, 0))
+        answers.append(outcome.at_once.argmax(-1))
+        flops.append(first)
+        plans.append(torch.zeros_like(plans[0]))
     return Arms(
         shapes, torch.stack(answers, 1), torch.stack(flops, 1), outcome.labels, outcome.dense_flops, torch.stack(plans)
     )

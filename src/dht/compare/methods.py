@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..policy.baselines import DensePolicy, StaticPolicy
+import torch
+
+from ..policy.baselines import DensePolicy, PriorPolicy, StaticPolicy
 from ..rivals import match_exits
 from .arms import all_arms, best_fixed, fixed_policy, oracle
 from .cells import Bench, Served
@@ -117,6 +119,13 @@ def _serve_fixed(bench: Bench, budget: float, seed: int) -> Served:
     arms = all_arms(model, bench.validation(seed), bench.dtype)
     dealt, words = best_fixed(arms, met)
     return Served(model, fixed_policy(arms, dealt, model.device), [training], words)
+
+
+def _serve_lexical(bench: Bench, budget: float, seed: int) -> Served:
+    training = Training("dht", seed, budget)
+    model = bench.model(training)
+    none = torch.zeros(bench.sizes.layers, bench.sizes.heads, dtype=torch.bool, device=model.device)
+    return Served(model, PriorPolicy(none[None], "hash"), [training], {})
 
 
 def _serve_blind(kind: str, bench: Bench, budget: float, seed: int) -> Served:
@@ -231,6 +240,7 @@ METHODS = {
     "dht-served": Method("ours", "trained at the largest budget, served at this one", _largest, _serve_largest),
     "static": Method("inference", "L layers of K units by gate gradients, trained alone", _statics, _serve_static),
     "static-cut": Method("inference", "our model cut to one shape for all rows", ours, _serve_cut),
+    "lexical": Method("inference", "words and pairs of words alone: no layer is run", ours, _serve_lexical),
     "fixed": Method("inference", "best fixed arm of our model, or the best mixture of two", ours, _serve_fixed),
     "random": Method("inference", "our arms at our frequencies, by chance", ours, partial(_serve_blind, "random")),
     "hash": Method("inference", "our arms at our frequencies, by a hash", ours, partial(_serve_blind, "hash")),

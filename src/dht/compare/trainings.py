@@ -162,7 +162,8 @@ def train_model(settings: CompareSettings, training: Training, sizes: Sizes) -> 
     recipe = _recipe(settings, training, sizes)
     out = weights_of(settings, training)
     budget = training.budget if training.kind == "dht" else 1.0
-    changes = recipe.settings | {"epochs": settings.epochs * recipe.share}
+    own = {"lexical": training.kind == "dht", "epochs": settings.epochs * recipe.share}
+    changes = own | recipe.settings
     asked = settings.training(budget, training.seed, out, **changes)
     fitted = fit(asked, overwrite=True, make=lambda *given: _quiet(recipe.make(*given)), options=recipe.options)
     record = {

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from .._files import atomic_dir, write_json
 from ..errors import DHTError
 from ..hf.modeling import DHTForSequenceClassification
-from ..onnx import CHAIN_FILE, CHAIN_VERSION, POLICY_FILE, ChainRunner
+from ..model.lexical import PAIR
+from ..onnx import CHAIN_FILE, CHAIN_VERSION, POLICY_FILE, WITHOUT_LEXICAL, ChainRunner
 from ..policy.integrated import IntegratedPolicy
 from ..policy.learned import LearnedPolicy
 from ..policy.tree import CLOSED, TreePolicy
@@ -74,13 +75,17 @@ def export_chain(
                 names[i] = name
             files.append(names)
         tokenizer.save_pretrained(folder)
-        save_file(_policy_arrays(policy), folder / POLICY_FILE)
+        arrays = _policy_arrays(policy)
+        if model.encoder.lexical is not None:
+            arrays |= {f"lexical_{name}": x.float().numpy().copy() for name, x in model.encoder.lexical.named_buffers()}
+        save_file(arrays, folder / POLICY_FILE)
         facts = {
-            "version": CHAIN_VERSION, "search": policy.name, "budget": config.budget, "layers": files,
+            "version": CHAIN_VERSION if config.lexical_pairs else WITHOUT_LEXICAL, "search": policy.name,
+            "budget": config.budget, "layers": files,
             "widths": policy.widths, "heads": policy.heads,
             "label_names": [config.label_names[index] for index in range(len(config.label_names))],
             "inputs": list(rows), "pad_token_id": config.pad_token_id or 0, "max_length": max_length,
-            "exit_memory": config.exit_memory,
+            "exit_memory": config.exit_memory, "lexical_pairs": config.lexical_pairs, "pair_factors": PAIR,
         }  # fmt: skip
         write_json(folder / CHAIN_FILE, facts)
         report = _checked(model, ChainRunner(folder, threads=torch.get_num_threads()), rows, out)
@@ -124,6 +129,8 @@ def _policy_arrays(policy: LearnedPolicy) -> dict[str, Any]:
     if isinstance(policy, TreePolicy):
         for layer in range(policy.layers):
             worth, cost = policy._greedy_weights(layer).tensor_split(2, 1)
+            if not layer and not policy.leaves_at_once:
+                worth, cost = worth[:, 1:], cost[:, 1:]
             arrays |= {f"quality_{layer}": worth, f"cost_{layer}": cost}
     else:
         assert isinstance(policy, IntegratedPolicy)

@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 
 from ..cost import CostModel
 from .block import Block
+from .lexical import LexicalExit
 from .linear import Dropout
 from .packed import Packed
 
@@ -298,6 +299,8 @@ class Encoder(nn.Module):
         buckets = config.relative_attention_num_buckets
         self.position_bias = RelativePositionBias(buckets, heads) if buckets else None
         self.exits: Stack[ExitHead] = Stack(_exits(config, norm))
+        pairs, classes = config.lexical_pairs, len(config.label_names)
+        self.lexical = LexicalExit(config.vocab_size, pairs, classes) if pairs else None
         embeds, self.tags = config.head == "embedding", config.head == "token"
         self.cost = CostModel(
             width, heads, config.intermediate_size, layers, 0 if embeds else len(config.label_names),

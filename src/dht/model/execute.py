@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from ..policy.base import Policy
 
 
+SERVES = ("exploit", "probe")
+"""Modes in which rows are answered as they are when serving: exits add up, and the lexical one is read."""
+
+
 def execute(
     encoder: Encoder,
     policy: Policy,
@@ -64,8 +68,12 @@ def execute(
     logits: Tensor | None = None
     previous: Tensor | None = None
     # Exits learn to stand alone; only what is served, or probed for it, adds up.
-    remembers = encoder.exit_memory > 0 and mode in ("exploit", "probe") and not encoder.training
+    remembers = encoder.exit_memory > 0 and mode in SERVES and not encoder.training
     keep = attention_mask.bool() if encoder.tags else None
+    if encoder.lexical is not None and policy.reads_exits and mode in SERVES and not encoder.training:
+        logits = encoder.lexical(input_ids, attention_mask)
+        trace.exits.append(Exit(0, packed.rows, logits))
+        account.lexical = True
     # A choice has no gradient, and what a policy keeps may come from inference.
     choosing = torch.no_grad if torch.is_grad_enabled() else nullcontext
     in_step = encoder.sharded  # every rank then has to call every block, if need be with no rows
@@ -93,7 +101,7 @@ def execute(
             if leaving and logits is None:  # they were not read by the policy and still owe their exit
                 if layer == 0:
                     row = int(packed.host_rows[order[0]])
-                    raise ValueError(f"row {row}: a policy may not stop a row before layer 1")
+                    raise ValueError(f"row {row}: a policy may not stop a row before layer 1, where no exit was read")
                 left = packed.select(order[:leaving])
                 trace.exits.append(Exit(layer, left.rows, _exit(encoder, layer, left, keep)))
                 account.left.append((left.rows, left.lengths, encoder.attends(layer)))

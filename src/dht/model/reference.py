@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..plan import Plan
 from .encoder import QUERY_SCALE, Encoder
+from .lexical import PAIR
 
 
 def reference(
@@ -51,6 +52,7 @@ def reference(
         hidden = emb.project(hidden)
     on = plan.units.to(hidden.dtype) if gates is None else plan.units.to(hidden.dtype) * gates
     exits: list[Tensor] = []
+    lexical = lexical_reference(encoder, input_ids, keep)
     for layer, block in enumerate(encoder.blocks):
         source = block.attention_norm(hidden) if block.pre_norm else hidden
         query, key, value = (
@@ -88,10 +90,31 @@ def reference(
         active = plan.units[:, layer].any(-1)[:, None, None]
         hidden = torch.where(active, new, hidden)
         logits = _exit(encoder, layer, hidden, keep)
-        if layer and encoder.exit_memory and not encoder.training and not alone:
-            logits = logits + encoder.exit_memory * exits[-1]
+        before = exits[-1] if layer else lexical
+        if before is not None and encoder.exit_memory and not encoder.training and not alone:
+            logits = logits + encoder.exit_memory * before
         exits.append(logits)
     return exits
+
+
+def lexical_reference(encoder: Encoder, input_ids: Tensor, keep: Tensor) -> Tensor | None:
+    """Logits [B, C] of the exit before layer 1, row by row; None where there is none.
+
+    Args:
+        keep: bool [B, T], where there are tokens.
+    """
+    lexical = encoder.lexical
+    if lexical is None:
+        return None
+    answers = []
+    for ids, real in zip(input_ids.tolist(), keep.tolist(), strict=True):
+        seen = {token for token, here in zip(ids, real, strict=True) if here}
+        for i in range(1, len(ids)):
+            if real[i - 1] and real[i]:
+                hashed = (ids[i - 1] * PAIR[0] + ids[i] * PAIR[1]) % lexical.pairs
+                seen.add(lexical.vocabulary + hashed)
+        answers.append(lexical.weight[sorted(seen)].sum(0) / math.sqrt(len(seen)) + lexical.bias)
+    return torch.stack(answers)
 
 
 def _turned(states: Tensor, theta: float) -> Tensor:

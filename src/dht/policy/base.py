@@ -19,7 +19,7 @@ class View:
     Attributes:
         layer: layers already run, 0..N-1.
         packed: the active rows' hidden states.
-        logits: [R, C] of the exit just reached, or None (layer 0, or exits not computed).
+        logits: [R, C] of the exit just reached, or None (exits not computed, or no lexical one before layer 1).
         previous: [R, C] of the exit before that, or None.
         input_ids, attention_mask: [B, T], the whole batch as it came in.
         trace: what was decided and executed so far.
@@ -65,8 +65,13 @@ class Policy(nn.Module):
         """The policy's own arithmetic per row for one decision, in FLOPs."""
         return 0.0
 
-    def observe(self, trace: Trace, quality: Tensor) -> None:
-        """Learns from a trace; `quality` float [B, N] in [0, 1] of each visited exit."""
+    def observe(self, trace: Trace, quality: Tensor, at_once: Tensor | None = None) -> None:
+        """Learns from a trace.
+
+        Args:
+            quality: float [B, N] in [0, 1] of each visited exit.
+            at_once: float [B], of the lexical exit; None = it was not read.
+        """
 
 
 def run_all(view: View, heads: int) -> Decision:

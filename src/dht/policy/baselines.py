@@ -70,6 +70,9 @@ class DepthPolicy(Policy):
         sets: bool [N, H], units to run in each layer; at a layer without any all rows leave.
     """
 
+    leaves_at_once = False
+    """True if a row may leave before layer 1, where there is a lexical exit."""
+
     def __init__(self, sets: Tensor) -> None:
         super().__init__()
         self.sets = sets.cpu()
@@ -82,7 +85,7 @@ class DepthPolicy(Policy):
         choice = torch.zeros_like(view.rows)
         if not bool(self.sets[view.layer].any()):
             choice = torch.full_like(choice, -1)
-        elif view.layer:
+        elif view.layer or (self.leaves_at_once and view.logits is not None):
             choice = torch.where(self.stops(view), -1, choice)
         return Decision(self.sets[view.layer][None], choice, lasting=True)
 
@@ -92,6 +95,7 @@ class ConfidencePolicy(DepthPolicy):
 
     name = "confidence"
     reads_exits = True
+    leaves_at_once = True
 
     def __init__(self, sets: Tensor, threshold: float, task: Task = SINGLE_LABEL) -> None:
         super().__init__(sets)
@@ -140,6 +144,7 @@ class PriorPolicy(Policy):
         lengths: int64 [P], tokens of the rows that the plans were executed on (for "length").
     """
 
+    reads_exits = True  # its answers add up, as ours do
     plans: Tensor
     share_of_plan: Tensor
     lengths: Tensor

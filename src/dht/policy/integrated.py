@@ -78,7 +78,7 @@ class IntegratedPolicy(LearnedPolicy):
         return super().decision_flops(layer, cost) * self.layers if layer == 0 else 0.0
 
     @torch.no_grad()
-    def observe(self, trace: Trace, quality: Tensor) -> None:
+    def observe(self, trace: Trace, quality: Tensor, at_once: Tensor | None = None) -> None:
         layers = quality.shape[1]
         weight = (torch.arange(layers, device=quality.device) < trace.layers[:, None]).to(torch.float64)
         target = torch.stack([quality.to(torch.float64), trace.layer_cost.cumsum(-1)], -1)

@@ -59,6 +59,7 @@ class LearnedPolicy(Policy):
         self.layers, self.heads = config.num_hidden_layers, config.num_attention_heads
         self.task = task_of(config)
         self.widths = [int(width) for width in config.widths or []]
+        self.leaves_at_once = config.lexical_pairs > 0
         directions = config.context_projection or 0
         self.num_features = EXIT_FEATURES + directions
         self.alpha, self.sigma = config.alpha, config.sigma

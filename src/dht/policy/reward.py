@@ -20,6 +20,16 @@ def quality(trace: Trace, labels: Tensor, task: Task = SINGLE_LABEL) -> Tensor:
     return task.quality(logits, labels[:, None]) * visited
 
 
+def quality_at_once(trace: Trace, labels: Tensor, task: Task = SINGLE_LABEL) -> Tensor | None:
+    """float64 [B], quality of the lexical exit, if it was read.
+
+    Args:
+        labels: as for `quality`.
+    """
+    first = trace.exits[0]
+    return None if first.layer else task.quality(first.logits, labels)
+
+
 def returns(trace: Trace, quality: Tensor) -> tuple[Tensor, Tensor]:
     """Final quality and cost-to-go of running on at each decision, both float64 [B, N].
 

@@ -48,7 +48,8 @@ class PlainLayer(NamedTuple):
 
 
 class TreePolicy(LearnedPolicy):
-    """Arms before layer l + 1: 0 = stop (not before layer 1), 1.. = run it with `widths[i - 1]` head units.
+    """Arms before layer l + 1: 0 = stop (before layer 1 only if a lexical exit was read), 1.. = run it with
+    `widths[i - 1]` head units.
 
     Stopping is paid the exit's quality, seen for free at every exit passed. Running on is paid the quality and the cost
     of what followed, up to where the policy would have left. A layer has two regressions, one for stopping and one for
@@ -71,12 +72,15 @@ class TreePolicy(LearnedPolicy):
             return self._decide_for_one(view)
         context = self._features(view)
         price = self._row_price(context, self._index_price(view))
-        arm = self._greedy(view.layer, context, price).argmax(-1)
-        if view.layer == 0:
-            arm = arm + 1
+        greedy = self._greedy(view.layer, context, price)
+        if view.logits is None:  # no exit was read: there is nothing to stop with
+            greedy[:, 0] = -torch.inf
+        arm = greedy.argmax(-1)
         wants_stop = arm == 0
         if view.mode != "exploit":
             index = self._index(view.layer, context, self.alpha, price)
+            if view.logits is None:
+                index[:, 0] = -torch.inf
             onward = choose(index[:, 1:]) + 1
             if view.mode == "explore":
                 arm = torch.where(self._carried_on(view), onward, choose(index))
@@ -95,14 +99,14 @@ class TreePolicy(LearnedPolicy):
         widths = torch.zeros(rows, self.layers, dtype=torch.long, device=context.device)
         for layer in range(self.layers):
             index = self._greedy(layer, context[:, layer], self._row_price(context[:, layer], price))
-            if layer:
-                stops[:, layer] = index.argmax(-1) == 0
-            widths[:, layer] = index[:, 1 if layer else 0 :].argmax(-1)
+            stops[:, layer] = index.argmax(-1) == 0 if layer or self.leaves_at_once else False
+            widths[:, layer] = index[:, 1:].argmax(-1)
         leaves = stops.int().argmax(-1)
-        return self._spent(trace, widths).gather(1, leaves[:, None] - 1)[:, 0]
+        spent = torch.nn.functional.pad(self._spent(trace, widths), (1, 0))
+        return spent.gather(1, leaves[:, None])[:, 0]
 
     def _greedy(self, layer: int, context: Tensor, price: Tensor) -> Tensor:
-        """float64 [R, 1 + K] (before layer 1: [R, K], no stopping), the index of every arm without optimism."""
+        """float64 [R, 1 + K], the index of every arm without optimism."""
         both = context @ self._greedy_weights(layer)
         worth, cost = both.tensor_split(2, 1)
         return worth - price[:, None] * cost
@@ -126,20 +130,20 @@ class TreePolicy(LearnedPolicy):
         if mean:
             price = math.exp(phi[1] * LOG_LONGEST) * (price / mean)
         layer = self._plain_layer(view.layer)
+        first = int(logits is None)  # no exit was read: there is nothing to stop with
         index = [
             sum(map(mul, phi, worth)) - price * sum(map(mul, phi, cost))
-            for worth, cost in zip(layer.worth, layer.cost, strict=True)
+            for worth, cost in zip(layer.worth[first:], layer.cost[first:], strict=True)
         ]
-        sets, choice, arm, wants_stop = layer.choices[index.index(max(index))]
+        sets, choice, arm, wants_stop = layer.choices[first + index.index(max(index))]
         return Decision(sets, choice, arm, [phi], wants_stop, lasting=True)
 
     def _plain_layer(self, layer: int) -> PlainLayer:
         weights = self._greedy_weights(layer)
         if layer not in self._plain:
             worth, cost = weights.T.tensor_split(2)
-            first = int(layer == 0)  # no stopping
             choices = []
-            for arm in range(first, len(worth) + first):
+            for arm in range(len(worth)):
                 runs = torch.tensor([0 if arm else -1])
                 units = self.head_sets[layer, max(arm - 1, 0), 0].clone()
                 choices.append((units[None], runs, torch.tensor([arm]), runs < 0))
@@ -147,7 +151,7 @@ class TreePolicy(LearnedPolicy):
         return self._plain[layer]
 
     def _greedy_weights(self, layer: int) -> Tensor:
-        """float64 [F, 2 * (1 + K)] (before layer 1: [F, 2 * K]): context times this is each quality, then each cost.
+        """float64 [F, 2 * (1 + K)]: context times this is each arm's quality, then each one's cost.
 
         The features of a width are the constant, or the confidence, times a number: they fold into the weights of those
         two. Kept until the posterior, or the head sets, change.
@@ -172,19 +176,16 @@ class TreePolicy(LearnedPolicy):
             weights[layer, ..., closed] = 0.0
             weights[layer, 0, 0, closed] = CLOSED
         both = torch.cat([stop[..., : self.num_features, None], weights], -1)
-        return [torch.cat([*weights[0]], 1), *torch.cat([both[1:, 0], both[1:, 1]], -1)]
+        return list(torch.cat([both[:, 0], both[:, 1]], -1))
 
     def _index(self, layer: int, context: Tensor, alpha: float, price: Tensor) -> Tensor:
-        """UCB index of every arm, float64 [R, 1 + K], at each row's price [R]; no stopping before layer 1."""
+        """UCB index of every arm, float64 [R, 1 + K], at each row's price [R]."""
         rows, count = len(context), len(self.widths)
         wide, each = self._with_every_width(context), price.repeat_interleave(count)
         run = ucb_index(self.numbers, wide, alpha, each, slice(2 * layer + 1, 2 * layer + 2)).view(rows, count)
         run[:, self.closed(layer)] = CLOSED
-        if layer == 0:
-            stop = torch.full_like(run[:, :1], -torch.inf)
-        else:
-            still = torch.nn.functional.pad(context, (0, self.WIDTH_FEATURES))
-            stop = ucb_index(self.numbers, still, alpha, price, slice(2 * layer, 2 * layer + 1))
+        still = torch.nn.functional.pad(context, (0, self.WIDTH_FEATURES))
+        stop = ucb_index(self.numbers, still, alpha, price, slice(2 * layer, 2 * layer + 1))
         return torch.cat([stop, run], 1)
 
     @torch.no_grad()
@@ -227,7 +228,7 @@ class TreePolicy(LearnedPolicy):
         for layer in range(self.layers):
             part = (trained[layer] + later[layer]) / (trained[0] + later[0])
             mended, to_go = 1 - doubt * (1 - REPAIR * part), (shares + later[layer]) / self.layers
-            runs = wide if layer else self._with_every_width(blind)
+            runs = wide if layer or self.leaves_at_once else self._with_every_width(blind)
             for arm, rows, quality, cost in (
                 (2 * layer, still, sure, torch.zeros_like(sure)),
                 (2 * layer + 1, runs, mended, to_go),
@@ -260,17 +261,19 @@ class TreePolicy(LearnedPolicy):
         return phi, sure
 
     @torch.no_grad()
-    def observe(self, trace: Trace, quality: Tensor) -> None:
+    def observe(self, trace: Trace, quality: Tensor, at_once: Tensor | None = None) -> None:
         final, cost = returns(trace, quality)
         arms = trace.arm
+        stopped = quality if at_once is None else torch.cat([at_once[:, None], quality], 1)
+        first = int(at_once is None)  # layer before which a row can stop
         row, layer = (arms >= 0).nonzero(as_tuple=True)
         context, arm = trace.context[row, layer], arms[row, layer]
-        ran, passed = arm > 0, layer > 0
+        ran, passed = arm > 0, layer >= first
         stops = torch.nn.functional.pad(context[passed], (0, self.WIDTH_FEATURES))
         runs = self._with_width(context[ran], self._executed_shares(trace)[row[ran], layer[ran]])
         phi = torch.cat([stops, runs])
         number = torch.cat([2 * layer[passed], 2 * layer[ran] + 1])
-        paid = torch.cat([quality[row[passed], layer[passed] - 1], final[row[ran], layer[ran]]])
+        paid = torch.cat([stopped[row[passed], layer[passed] - first], final[row[ran], layer[ran]]])
         spent = torch.cat([torch.zeros_like(stops[:, 0]), cost[row[ran], layer[ran]]])
         weight = torch.nn.functional.one_hot(number, self.numbers.num_arms).to(torch.float64)
         target = torch.stack([paid, spent], -1)[:, None] * weight[..., None]

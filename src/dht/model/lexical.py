@@ -1,0 +1,53 @@
+"""The exit before the first layer: which tokens, and which pairs of neighbours, a row has."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PAIR = (1_000_003, 7_919)
+"""Factors of the two tokens in the hash of a pair."""
+
+
+class LexicalExit(nn.Module):
+    """A linear classifier on the set of a row's tokens and of its pairs of neighbouring tokens, hashed.
+
+    It costs a look-up and a sum for each of them, no product: next to nothing beside a layer. Its table is fitted
+    before training (`dht.lexical`) and gets no gradient, hence buffers.
+
+    Args:
+        vocabulary: V.
+        pairs: P, buckets that pairs are hashed into.
+        classes: C.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, vocabulary: int, pairs: int, classes: int) -> None:
+        super().__init__()
+        self.vocabulary, self.pairs = vocabulary, pairs
+        self.register_buffer("weight", torch.zeros(vocabulary + pairs, classes))
+        self.register_buffer("bias", torch.zeros(classes))
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the table, int64 [B, 2T - 1], and what each counts, float32: 1 / sqrt(n) for the n that a row has.
+
+        What a row has twice counts once; a place that counts 0 names any row of the table.
+        """
+        keep = attention_mask.bool()
+        hashed = (input_ids[:, :-1] * PAIR[0] + input_ids[:, 1:] * PAIR[1]) % self.pairs
+        seen = torch.cat([input_ids, self.vocabulary + hashed], 1)
+        real = torch.cat([keep, keep[:, :-1] & keep[:, 1:]], 1)
+        none = len(self.weight)
+        seen = seen.masked_fill(~real, none).sort(-1).values
+        counts = seen < none
+        counts[:, 1:] &= seen[:, 1:] != seen[:, :-1]
+        share = counts.sum(-1, keepdim=True).clamp_min(1).rsqrt()
+        return seen.clamp_max(none - 1), counts * share
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits, float32 [B, C], of rows of tokens [B, T] (1 in the mask at real ones)."""
+        seen, share = self.features(input_ids, attention_mask)
+        return F.embedding_bag(seen, self.weight.float(), per_sample_weights=share, mode="sum") + self.bias.float()
