@@ -73,8 +73,9 @@ def fit_lexical(
         scale = SCALES[int(losses.argmin())].to(logits.device)
         exit_.weight.mul_(scale)
         exit_.bias.mul_(scale)
-    each = 3 * 2.0 * weight.shape[1] * (len(seen) + told.numel())
-    return each * passes + 2.0 * words.shape[1] * (len(seen) + shared.shape[1] * len(words))
+    each: float = 3 * 2.0 * weight.shape[1] * (len(seen) + told.numel())
+    total: float = each * passes + 2.0 * words.shape[1] * (len(seen) + shared.shape[1] * len(words))
+    return total
 
 
 def _flat(exit_: LexicalExit, batches: Iterable[Batch]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -25,8 +25,6 @@ runtime = optional("onnxruntime", "onnx", "dht.onnx")
 __all__ = ["CHAIN_FILE", "CHAIN_VERSION", "POLICY_FILE", "ChainResult", "ChainRunner"]
 
 CHAIN_FILE, POLICY_FILE, CHAIN_VERSION = "chain.json", "policy.safetensors", 3
-WITHOUT_LEXICAL = 2
-"""Version of chains without an exit before layer 1, which an older dht reads too."""
 EXIT_FEATURES = 8
 
 
@@ -72,7 +70,11 @@ class ChainRunner:
             self.search, self.widths, self.inputs = facts["search"], facts["widths"], facts["inputs"]
             self.label_names, self.max_length = facts["label_names"], facts["max_length"]
             self.pad_token_id, names = facts["pad_token_id"], facts["layers"]
-            trained_for, self.exit_memory = float(facts["budget"]), float(facts.get("exit_memory", 0.0))
+            trained_for, memory, depth = float(facts["budget"]), float(facts.get("exit_memory", 0.0)), len(names)
+            self.mixture = facts.get("exit_mixture") or [
+                [memory ** (exit_ - j) if j <= exit_ else 0.0 for j in range(depth + 1)]
+                for exit_ in range(1, depth + 1)
+            ]
             self.lexical_pairs, self.pair_factors = (
                 int(facts.get("lexical_pairs", 0)),
                 facts.get("pair_factors", [0, 0]),
@@ -134,6 +136,7 @@ class ChainRunner:
         if self.lexical_pairs:
             logits = self._lexical(fed["input_ids"], mask)
             answer = logits.copy()
+        own = [logits]  # of the exits so far; zeros for a lexical one that is not there
         heads = np.zeros((len(rows), depth), dtype=np.int64)
         for layer in range(depth):
             if self.search == "tree" or layer == 0:
@@ -144,6 +147,7 @@ class ChainRunner:
             if not stay.any():
                 break
             rows, arm, width, before = rows[stay], arm[stay], width[stay], logits[stay]
+            own = [each[stay] for each in own]
             used = int(np.flatnonzero(mask[stay].any(0))[-1]) + 1
             states, mask = states[stay, :used], mask[stay, :used]
             after = np.empty_like(states)
@@ -155,8 +159,9 @@ class ChainRunner:
                     None, {"states": states[group], "attention_mask": mask[group]}
                 )
             states = after
-            if layer or self.lexical_pairs:
-                logits += np.float32(self.exit_memory) * before
+            own.append(logits)
+            weights = self.mixture[layer] if self.search == "tree" else [0.0] * (layer + 1) + [1.0]
+            logits = np.stack([np.float32(w) * each for w, each in zip(weights, own, strict=False)]).sum(0)
             answer[rows], heads[rows, layer] = logits, np.take(self.widths, width)
         return ChainResult(answer, heads)
 

@@ -72,12 +72,13 @@ class Plan:
 class Exit:
     """Logits of one exit: `layer` in 0..N (0 = the lexical one), `rows` int64 [R], `logits` [R, C].
 
-    Of a tagger they are [R, T, C], -inf at places without a token.
+    Of a tagger they are [R, T, C], -inf at places without a token. `own`: the same before earlier exits were added.
     """
 
     layer: int
     rows: Tensor
     logits: Tensor
+    own: Tensor | None = None
 
 
 def _as_tensor(context: Tensor | list[list[float]] | None) -> Tensor | None:
@@ -283,6 +284,6 @@ class Trace:
         for exit_ in self.exits:
             if not exit_.layer:
                 continue
-            table[exit_.rows, exit_.layer - 1] = exit_.logits.detach()
+            table[exit_.rows, exit_.layer - 1] = exit_.logits.detach().to(table.dtype)
             visited[exit_.rows, exit_.layer - 1] = True
         return table, visited

@@ -443,7 +443,7 @@ def worded(
         return 0.0
     batches, _ = by_length(tokenizer, rows["train"], LEXICAL_ROWS)
     moved = ({key: value.to(model.device) for key, value in batch.items()} for batch in batches)
-    words = model.encoder.embeddings.words.weight
+    words = cast(Tensor, model.encoder.embeddings.words.weight)
     return fit_lexical(model.encoder.lexical, words, moved, feedback, model.task)
 
 

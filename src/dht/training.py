@@ -16,6 +16,7 @@ from .distributed import merge_policy, rank, ranks, total
 from .errors import NonFiniteError
 from .guarded import GuardedTrainer
 from .hf.modeling import DHTForSequenceClassification, exit_loss
+from .mixture import fit_mixture, mixed_anew
 from .plan import Mode, Trace
 from .policy.budget import Schedule, dual_ascent
 from .policy.reward import quality, quality_at_once
@@ -236,6 +237,17 @@ class DHTTrainer(GuardedTrainer):
 
     def probe(self, batch: dict[str, Tensor]) -> Trace:
         """Runs held-out rows to full depth, without gradients, and lets the policy learn from every exit."""
+        trace = self.held_out(batch)
+        self.learn(trace, batch["labels"])
+        return trace
+
+    def learn(self, trace: Trace, labels: Tensor) -> None:
+        """Pays the numeric arms with what every exit of held-out rows was worth."""
+        policy, task = self.dynamic.policy, self.dynamic.task
+        policy.observe(trace, quality(trace, labels, task), quality_at_once(trace, labels, task))
+
+    def held_out(self, batch: dict[str, Tensor]) -> Trace:
+        """What held-out rows do when all of them run every layer, without gradients."""
         model = self.dynamic
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         was_training = model.training
@@ -244,25 +256,30 @@ class DHTTrainer(GuardedTrainer):
             trace: Trace = model(**inputs, mode="probe").trace
         model.train(was_training)
         self._probed += float(trace.flops.sum())
-        labels = batch["labels"]
-        model.policy.observe(trace, quality(trace, labels, model.task), quality_at_once(trace, labels, model.task))
         return trace
 
 
 def finish(trainer: DHTTrainer, batches: list[dict[str, Tensor]], budget: float) -> None:
-    """Readies the policy for serving once the weights are final: fresh probes, head sets, price curve, budget.
+    """Readies exits and policy for serving once the weights are final: fresh probes, how exits add up, what each arm is
+    worth, head sets, price curve, budget.
 
     Ranks do all of it alike, each on all batches, so that they end with the same policy.
 
     Args:
         batches: held-out labelled rows.
     """
-    policy, traces = trainer.dynamic.policy, []
+    policy, traces = trainer.dynamic.policy, list[Trace]()
     policy.restart()
     policy.expect_lengths(batches)
     for batch in batches:
-        traces.append(trainer.probe(batch))
+        traces.append(trainer.held_out(batch))
         policy.finish_step()
+    labels = [batch["labels"] for batch in batches]
+    if trainer.dynamic.encoder.mixture is not None:
+        fit_mixture(trainer.dynamic, traces, labels)
+    for i, trace in enumerate(traces):
+        traces[i] = mixed_anew(trainer.dynamic, trace)
+        trainer.learn(traces[i], labels[i])
     policy.fix_head_sets(torch.cat([trace.context for trace in traces]))
     trainer._count_probes()
     if not policy.chooses:  # the probes ran what is served

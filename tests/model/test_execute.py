@@ -149,7 +149,7 @@ def test_exits_add_up_when_serving_and_stand_alone_while_they_learn(family):
     for exit_, alone in zip(reference(model.encoder, plan, **inputs), own.values(), strict=True):
         torch.testing.assert_close(exit_[alone.rows], alone.logits, atol=1e-5, rtol=1e-5)
     trained = model(**inputs, policy=FixedPlan(plan)).trace.exits
-    model.encoder.exit_memory = 0.0
+    model.encoder.mixture = None
     for exit_, alone in zip(trained, model(**inputs, policy=FixedPlan(plan)).trace.exits, strict=True):
         assert torch.equal(exit_.logits, alone.logits)
 

@@ -41,12 +41,16 @@ class _NoPriorTree(TreePolicy):
 class EmbeddingTree(_NoPriorTree):
     """Every decision sees what the first one sees: the length and the mean embedding."""
 
+    sees_exits = False
+
     def _features(self, view: View) -> Tensor:
         return view.trace.context[view.rows, 0] if view.layer else super()._features(view)
 
 
 class HiddenTree(_NoPriorTree):
     """Every decision sees the mean hidden state reached, and nothing of the exits."""
+
+    sees_exits = False
 
     def _features(self, view: View) -> Tensor:
         return features(replace(view, layer=0, logits=None, previous=None), self.projection, self.task)

@@ -15,7 +15,7 @@ from .._files import atomic_dir, write_json
 from ..errors import DHTError
 from ..hf.modeling import DHTForSequenceClassification
 from ..model.lexical import PAIR
-from ..onnx import CHAIN_FILE, CHAIN_VERSION, POLICY_FILE, WITHOUT_LEXICAL, ChainRunner
+from ..onnx import CHAIN_FILE, CHAIN_VERSION, POLICY_FILE, ChainRunner
 from ..policy.integrated import IntegratedPolicy
 from ..policy.learned import LearnedPolicy
 from ..policy.tree import CLOSED, TreePolicy
@@ -80,12 +80,12 @@ def export_chain(
             arrays |= {f"lexical_{name}": x.float().numpy().copy() for name, x in model.encoder.lexical.named_buffers()}
         save_file(arrays, folder / POLICY_FILE)
         facts = {
-            "version": CHAIN_VERSION if config.lexical_pairs else WITHOUT_LEXICAL, "search": policy.name,
-            "budget": config.budget, "layers": files,
+            "version": CHAIN_VERSION, "search": policy.name, "budget": config.budget, "layers": files,
             "widths": policy.widths, "heads": policy.heads,
             "label_names": [config.label_names[index] for index in range(len(config.label_names))],
             "inputs": list(rows), "pad_token_id": config.pad_token_id or 0, "max_length": max_length,
-            "exit_memory": config.exit_memory, "lexical_pairs": config.lexical_pairs, "pair_factors": PAIR,
+            "exit_memory": config.exit_memory, "exit_mixture": config.exit_mixture,
+            "lexical_pairs": config.lexical_pairs, "pair_factors": PAIR,
         }  # fmt: skip
         write_json(folder / CHAIN_FILE, facts)
         report = _checked(model, ChainRunner(folder, threads=torch.get_num_threads()), rows, out)

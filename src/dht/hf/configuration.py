@@ -77,7 +77,9 @@ class DHTConfig(PreTrainedConfig):
         reward: "correct" or "probability", the quality of an exit.
         distillation: share of the loss of a row's earlier exits in which its last exit's answer is the label.
         exit_memory: when serving, an exit's logits are its own plus so much of those of the exit before it, if that was
-            computed (decision 11); 0 = its own alone.
+            computed (decision 11), until training has fitted `exit_mixture`; 0 = its own alone.
+        exit_mixture: what an answer is made of when serving, fitted to held-out rows (decision 18): for the exits after
+            layers 1 to N, what the lexical exit's logits and those of exits 1 to N count; None = as `exit_memory` says.
         lexical_pairs: buckets that pairs of neighbouring tokens are hashed into, for an exit before layer 1 that reads
             tokens and pairs (decision 17); 0 = there is none. Single labels and tree search only.
         class_weights: what a row of each class counts in the loss; None = 1.
@@ -141,6 +143,7 @@ class DHTConfig(PreTrainedConfig):
     label_std: float | int = 1.0
     distillation: float | int = 0.0
     exit_memory: float | int = 0.0
+    exit_mixture: list[list[float | int]] | None = None
     lexical_pairs: int = 0
     class_weights: list[float] | None = None
     budget: float = 1.0
@@ -161,6 +164,17 @@ class DHTConfig(PreTrainedConfig):
         if self.wide_from is None:
             self.wide_from = math.ceil(2 * self.num_hidden_layers / 3)
         super().__post_init__(**kwargs)
+
+    @property
+    def mixture(self) -> list[list[float]] | None:
+        """`exit_mixture`, or what `exit_memory` comes to; None where exits answer alone."""
+        memory, layers = self.exit_memory, self.num_hidden_layers
+        if self.exit_mixture is not None:
+            return [[float(weight) for weight in row] for row in self.exit_mixture]
+        powers = [
+            [memory ** (exit_ - j) if j <= exit_ else 0.0 for j in range(layers + 1)] for exit_ in range(1, layers + 1)
+        ]
+        return powers if memory else None
 
     @property
     def label_names(self) -> dict[int, str]:
@@ -197,6 +211,9 @@ class DHTConfig(PreTrainedConfig):
             size = self.hidden_size // heads
             even = not self.rotary_thetas or size % 2 == 0
             need(even, f"rotary_thetas: heads of {size} dimensions cannot be turned in pairs; their size must be even")
+        layers, mixture = self.num_hidden_layers, self.exit_mixture
+        fits = mixture is None or (len(mixture) == layers and {len(row) for row in mixture} == {layers + 1})
+        need(fits, f"exit_mixture: must have {layers} rows of {layers + 1} numbers, one a layer")
         for name, lowest in (("rotary_thetas", 1), ("windows", 0)):
             values = getattr(self, name)
             fits = values is None or len(values) == self.num_hidden_layers
@@ -293,6 +310,14 @@ class DHTConfig(PreTrainedConfig):
                 ("class_weights",),
                 lambda got: got is None or (isinstance(got, list) and all(map(_is_real, got))),
                 "null, or a number for every class",
+            ),
+            (
+                ("exit_mixture",),
+                lambda got: (
+                    got is None
+                    or (isinstance(got, list) and all(isinstance(row, list) and all(map(_is_real, row)) for row in got))
+                ),
+                "null, or a list of numbers for every layer",
             ),
             (
                 ("rotary_thetas", "windows"),

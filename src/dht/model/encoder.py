@@ -295,7 +295,7 @@ class Encoder(nn.Module):
         )
         self.final_norm = nn.Identity() if config.norm == "post" else norm()
         self.norms_tokens = modern
-        self.exit_memory = float(config.exit_memory)
+        self.mixture = config.mixture
         buckets = config.relative_attention_num_buckets
         self.position_bias = RelativePositionBias(buckets, heads) if buckets else None
         self.exits: Stack[ExitHead] = Stack(_exits(config, norm))

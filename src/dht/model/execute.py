@@ -68,12 +68,15 @@ def execute(
     logits: Tensor | None = None
     previous: Tensor | None = None
     # Exits learn to stand alone; only what is served, or probed for it, adds up.
-    remembers = encoder.exit_memory > 0 and mode in SERVES and not encoder.training
+    serves = mode in SERVES and not encoder.training and policy.reads_exits
+    mixture = encoder.mixture if serves else None
+    own: list[tuple[int, Tensor]] = []  # of the exits so far, if they are to add up
     keep = attention_mask.bool() if encoder.tags else None
-    if encoder.lexical is not None and policy.reads_exits and mode in SERVES and not encoder.training:
+    if encoder.lexical is not None and serves:
         logits = encoder.lexical(input_ids, attention_mask)
-        trace.exits.append(Exit(0, packed.rows, logits))
+        trace.exits.append(Exit(0, packed.rows, logits, logits))
         account.lexical = True
+        own.append((0, logits))
     # A choice has no gradient, and what a policy keeps may come from inference.
     choosing = torch.no_grad if torch.is_grad_enabled() else nullcontext
     in_step = encoder.sharded  # every rank then has to call every block, if need be with no rows
@@ -109,7 +112,9 @@ def execute(
             if not order.numel() and not in_step:
                 break
             packed = packed.select(order)
-            logits = None if logits is None else logits[order.to(logits.device, non_blocking=True)]
+            if logits is not None:
+                order = order.to(logits.device, non_blocking=True)
+                logits, own = logits[order], [(exit_, each[order]) for exit_, each in own]
 
         sets = decision.sets.tolist()
         used = [(i, tuple(h for h, on in enumerate(sets[i]) if on), count) for i, count in runs]
@@ -128,14 +133,25 @@ def execute(
             account.ran.append(ran)
         previous, logits = logits, None
         if policy.reads_exits or every_exit or layer == num_layers - 1:
-            logits = _exit(encoder, layer + 1, packed, keep)
-            if remembers and previous is not None:
-                logits = logits + encoder.exit_memory * previous
-            trace.exits.append(Exit(layer + 1, packed.rows, logits))
+            alone = logits = _exit(encoder, layer + 1, packed, keep)
+            if mixture is not None:
+                own.append((layer + 1, alone))
+                logits = mixed(mixture[layer], own)
+            trace.exits.append(Exit(layer + 1, packed.rows, logits, alone))
             ran.exits = encoder.attends(layer + 1)
     places = () if keep is None else keep.shape[1:]
     trace.logits = _answers(trace.exits, len(input_ids), packed.hidden.new_zeros(0, *places, cost.classes))
     return trace
+
+
+def mixed(weights: list[float], own: list[tuple[int, Tensor]]) -> Tensor:
+    """The sum of exits' own logits, each (its number, float [R, C]) times its weight; in float32."""
+    (last, logits), before = own[-1], own[:-1]
+    total = logits.float() * weights[last]
+    for exit_, logits in before:
+        if weights[exit_]:
+            total = total.add(logits, alpha=weights[exit_])
+    return total
 
 
 def _runs(choice: list[int]) -> list[tuple[int, int]]:
@@ -166,7 +182,7 @@ def _answers(exits: list[Exit], rows: int, none: Tensor) -> Tensor:
         return exits[0].logits
     answer = exits[0].logits.new_zeros(rows, *exits[0].logits.shape[1:])
     for exit_ in exits:
-        answer = answer.index_copy(0, exit_.rows, exit_.logits)
+        answer = answer.index_copy(0, exit_.rows, exit_.logits.to(answer.dtype))
     return answer
 
 

@@ -32,7 +32,7 @@ def reference(
         plan: head units per row and layer, bool [B, N, H].
         gates: [B, N, H], multiplied onto each unit's output; None = ones. Its gradient is the head feedback.
         alone: True if nobody computed the exits before a row's last one. In evaluation mode exits otherwise add up
-            (`exit_memory`).
+            (`exit_mixture`).
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -52,7 +52,7 @@ def reference(
         hidden = emb.project(hidden)
     on = plan.units.to(hidden.dtype) if gates is None else plan.units.to(hidden.dtype) * gates
     exits: list[Tensor] = []
-    lexical = lexical_reference(encoder, input_ids, keep)
+    own: list[Tensor | None] = [lexical_reference(encoder, input_ids, keep)]
     for layer, block in enumerate(encoder.blocks):
         source = block.attention_norm(hidden) if block.pre_norm else hidden
         query, key, value = (
@@ -90,9 +90,11 @@ def reference(
         active = plan.units[:, layer].any(-1)[:, None, None]
         hidden = torch.where(active, new, hidden)
         logits = _exit(encoder, layer, hidden, keep)
-        before = exits[-1] if layer else lexical
-        if before is not None and encoder.exit_memory and not encoder.training and not alone:
-            logits = logits + encoder.exit_memory * before
+        own.append(logits)
+        if encoder.mixture is not None and not encoder.training and not alone:
+            weights = encoder.mixture[layer][: layer + 2]
+            counted = [w * each for w, each in zip(weights, own, strict=True) if each is not None]
+            logits = torch.stack(counted).sum(0)
         exits.append(logits)
     return exits
 

@@ -44,6 +44,8 @@ class LearnedPolicy(Policy):
         num_arms: numeric arms in all.
     """
 
+    sees_exits = True
+    """False if contexts are made of something else than exits."""
     WIDTH_FEATURES = 3  # x, x^2 and x * confidence of an arm that runs x = k / H of the units
 
     projection: Tensor

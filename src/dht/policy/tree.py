@@ -72,10 +72,7 @@ class TreePolicy(LearnedPolicy):
             return self._decide_for_one(view)
         context = self._features(view)
         price = self._row_price(context, self._index_price(view))
-        greedy = self._greedy(view.layer, context, price)
-        if view.logits is None:  # no exit was read: there is nothing to stop with
-            greedy[:, 0] = -torch.inf
-        arm = greedy.argmax(-1)
+        arm = self._greedy_arm(view, context, price)
         wants_stop = arm == 0
         if view.mode != "exploit":
             index = self._index(view.layer, context, self.alpha, price)
@@ -91,6 +88,18 @@ class TreePolicy(LearnedPolicy):
                 arm = torch.full_like(arm, len(self.widths))
         sets, choice = self._pick_sets(view, context, arm - 1)
         return Decision(sets, choice, arm, context, wants_stop, lasting=view.mode == "exploit")
+
+    def reconsider(self, view: View) -> tuple[Tensor, Tensor]:
+        """The context of every active row, [R, F], and where the greedy rule would stop, bool [R]."""
+        context = self._features(view)
+        price = self._row_price(context, self._index_price(view))
+        return context, self._greedy_arm(view, context, price) == 0
+
+    def _greedy_arm(self, view: View, context: Tensor, price: Tensor) -> Tensor:
+        greedy = self._greedy(view.layer, context, price)
+        if view.logits is None:  # no exit was read: there is nothing to stop with
+            greedy[:, 0] = -torch.inf
+        return greedy.argmax(-1)
 
     def would_spend(self, trace: Trace, price: float) -> Tensor:
         context, rows = trace.context, len(trace.units)
