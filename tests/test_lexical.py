@@ -291,10 +291,11 @@ def test_a_training_has_it_and_serves_with_it(finished):  # noqa: F811
         json.loads(json.dumps(row))
         for row in predict(model, tokenizer, ["good", "what a dull film it is"], details=True)
     ]
-    assert all(len(row["heads"]) == len(row["exits"]) == row["layers"] for row in told)
+    assert all(len(row["heads"]) == len(row["exits"]) - 1 == row["layers"] for row in told)
     model.policy.price.fill_(100.0)
     (row,) = predict(model, tokenizer, ["good"], details=True)
-    assert (row["layers"], row["heads"], row["exits"]) == (0, [], [])
+    assert (row["layers"], row["heads"], len(row["exits"])) == (0, [], 1)
+    assert row["exits"][0] == {"prediction": row["label"], "score": row["score"]}
     assert row["label"] in ("negative", "positive")
 
 

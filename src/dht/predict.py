@@ -84,7 +84,10 @@ def predict(
             }
             if details:
                 row["units"] = [layer.nonzero()[:, 0].tolist() for layer in trace.units[i, : int(ran[i])]]
-                exits = [told(i, logits) for logits, seen in zip(table[i], visited[i], strict=True) if seen]
+                first = trace.exits[0]
+                passed = [] if first.layer else [first.logits[i]]
+                passed += [logits for logits, seen in zip(table[i], visited[i], strict=True) if seen]
+                exits = [told(i, logits) for logits in passed]
                 answer, score = ("tags", "scores") if model.tags else ("label", "score")
                 row["exits"] = [{"prediction": exit_.get(answer), "score": exit_.get(score)} for exit_ in exits]
             yield row

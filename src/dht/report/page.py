@@ -191,6 +191,8 @@ def _layers_caption(histogram: Sequence[Any]) -> str:
     median = next(layers for layers, reached in enumerate(accumulate(counts)) if 2 * reached >= total)
     if median >= full:
         return f"At least half of the samples ran all {full} layers." if full > 1 else "There is one layer."
+    if not median:
+        return "At least half of the samples left before layer 1: their words were enough."
     return f"At least half of the samples had left after layer {median} of {full}."
 
 
