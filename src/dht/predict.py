@@ -84,8 +84,8 @@ def predict(
             }
             if details:
                 row["units"] = [layer.nonzero()[:, 0].tolist() for layer in trace.units[i, : int(ran[i])]]
-                first = trace.exits[0]
-                passed = [] if first.layer else [first.logits[i]]
+                at_once = trace.exits[0]
+                passed = [] if at_once.layer else [at_once.logits[i]]
                 passed += [logits for logits, seen in zip(table[i], visited[i], strict=True) if seen]
                 exits = [told(i, logits) for logits in passed]
                 answer, score = ("tags", "scores") if model.tags else ("label", "score")
