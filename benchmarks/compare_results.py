@@ -64,6 +64,7 @@ def block(result: Mapping[str, Any]) -> str:
 OVERVIEW = {
     "dense": "dense",
     "dht": "**dht**",
+    "lexical": "words alone",
     "fixed": "best fixed arm",
     "random": "blind dealing",
     "static": "static sub-network",

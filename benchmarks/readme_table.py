@@ -21,6 +21,7 @@ COLUMNS = (
 METHODS = {
     "dense": "dense",
     "dht": "**dht**",
+    "lexical": "words alone (the exit before layer 1)",
     "random": "blind dealing, same weights",
     "confidence-same": "confidence threshold, same weights",
     "static": "static sub-network, trained alone",

@@ -153,7 +153,7 @@ class Stream:
             return False
         rows = [json.loads(to_line(row)) for row in self.answers(texts)]
         assert len(rows) == len(texts)
-        assert all(0 <= row["score"] <= 1 and row["layers"] >= 1 for row in rows)
+        assert all(0 <= row["score"] <= 1 and row["layers"] >= 0 for row in rows)
         return True
 
     def check_texts(self, texts: list[str]) -> bool:

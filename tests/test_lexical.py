@@ -285,6 +285,7 @@ def test_words_that_no_row_has_say_what_words_like_them_say():
 
 def test_a_training_has_it_and_serves_with_it(finished):  # noqa: F811
     model, tokenizer = load_run(finished[0])
+    assert 0.4 < finished[1]["lexical_accuracy"] < 1
     assert model.config.lexical_pairs > 0
     assert float(model.encoder.lexical.weight.abs().sum()) > 0
     told = [

@@ -43,8 +43,10 @@ def fit_lexical(
     words = words - words.mean(0)
     words = SHARED * words / words.norm(dim=1).mean().clamp_min(1e-6)
     seen, share, starts, labels = _flat(exit_, batches)
-    told = torch.cat([words, words.new_zeros(exit_.pairs, words.shape[1])])
-    told = F.embedding_bag(seen, told, starts, per_sample_weights=share, mode="sum")  # [n, E]
+    last = exit_.vocabulary - 1
+    told = F.embedding_bag(
+        seen.clamp_max(last), words, starts, per_sample_weights=share * (seen <= last), mode="sum"
+    )  # [n, E]
     weight = torch.zeros_like(exit_.weight, dtype=torch.float32, requires_grad=True)
     shared = weight.new_zeros(words.shape[1], weight.shape[1], requires_grad=True)
     bias = torch.zeros_like(exit_.bias, dtype=torch.float32, requires_grad=True)

@@ -238,4 +238,6 @@ def report_of(outcome: Outcome, timing: Timing | None, **settings: Any) -> dict[
         "arm_entropy": float(-(share * share.log()).sum()),
         "flops_fraction_p95": float((outcome.flops / outcome.dense_flops).quantile(0.95)),
     }
+    if outcome.at_once.shape[-1]:  # what words alone would have answered
+        report["lexical_accuracy"] = float((outcome.at_once.argmax(-1) == outcome.labels).double().mean())
     return report if timing is None else report | timing.fields()

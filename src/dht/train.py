@@ -51,6 +51,9 @@ CALIBRATION = 3.0
 """FLOPs of calibrating with a batch, in units of its dense forward."""
 FEEDBACK_ROWS = 1024
 LEXICAL_ROWS = 256
+"""Rows of a batch that the lexical exit looks up at once."""
+MOST_LEXICAL_ROWS = 200_000
+"""Rows that the lexical exit is fitted to, at most: all of them are held in memory."""
 TIMED_STEPS = 12
 
 Say = Callable[[str], None]
@@ -438,10 +441,11 @@ def worded(
     rows: Rows,
     feedback: Sequence[dict[str, Tensor]],
 ) -> float:
-    """Fits the lexical exit, if there is one, to all training rows; returns the FLOPs spent."""
+    """Fits the lexical exit, if there is one, to the training rows; returns the FLOPs spent."""
     if model.encoder.lexical is None:
         return 0.0
-    batches, _ = by_length(tokenizer, rows["train"], LEXICAL_ROWS)
+    some = random.Random(0).sample(rows["train"], min(len(rows["train"]), MOST_LEXICAL_ROWS))
+    batches, _ = by_length(tokenizer, some, LEXICAL_ROWS)
     moved = ({key: value.to(model.device) for key, value in batch.items()} for batch in batches)
     words = cast(Tensor, model.encoder.embeddings.words.weight)
     return fit_lexical(model.encoder.lexical, words, moved, feedback, model.task)

@@ -178,6 +178,8 @@ def _settings_line(report: Mapping[str, Any]) -> str:
     beside = BESIDE.get(str(report.get("metric")), BESIDE["accuracy"])
     parts += [f"{name.replace('_', ' ').replace('f1', 'F1')} {_figure(report, name)}" for name in beside]
     parts.append(f"budget {percent(report.get('budget'))}")
+    if report.get("lexical_accuracy") is not None:
+        parts.append(f"words alone {percent(report['lexical_accuracy'])}")
     parts += [f"{key} {report[key]}" for key in ("policy", "search", "seed") if report.get(key) is not None]
     parts.append(f"policy time {percent(report.get('policy_time_fraction'))}")
     return ", ".join(parts)
