@@ -138,7 +138,7 @@ def test_one_row_decides_as_a_batch_does():
 
 def test_bench_compares_rows_without_a_layer_too():
     model = lexical_model()
-    check_parity(model, batch(), {"plan": FixedPlan(plan_with_none()), "dense": DensePolicy(5)}, gradients=False)
+    check_parity(model, batch(), {"plan": FixedPlan(plan_with_none()), "dense": DensePolicy(5)}, gradients=True)
 
 
 # What the policy learns

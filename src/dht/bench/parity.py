@@ -57,11 +57,16 @@ def _answers(model: DHTForSequenceClassification, policy: Policy, trace: Trace, 
     """The reference's logits [B, C] (of a tagger [B, T, C]) of the exits at which the rows left."""
     places = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("token_type_ids")
     exits = reference(model.encoder, Plan(trace.units), *places, alone=not policy.reads_exits)
-    mask = inputs.get("attention_mask")
-    keep = torch.ones_like(places[0], dtype=torch.bool) if mask is None else mask.bool()
-    first = lexical_reference(model.encoder, places[0], keep)
+    first = _lexical(model, policy, inputs)
     every = torch.stack([exits[0] if first is None else first, *exits], 1)  # by layers run
     return every[torch.arange(len(every), device=every.device), trace.layers]
+
+
+def _lexical(model: DHTForSequenceClassification, policy: Policy, inputs: Batch) -> Tensor | None:
+    """The reference's logits [B, C] of the exit before layer 1, if the policy reads one."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    return lexical_reference(model.encoder, ids, keep) if policy.reads_exits else None
 
 
 def _compare_gradients(
@@ -74,8 +79,8 @@ def _compare_gradients(
     fast = {key: _gradient(parameter) for key, parameter in parameters.items()}
     model.zero_grad(set_to_none=True)
     places = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("token_type_ids")
-    exits = reference(model.encoder, Plan(trace.units), *places)
-    _reference_loss(exits, trace.layers, labels, model.task).backward()
+    exits = reference(model.encoder, Plan(trace.units), *places, alone=not policy.reads_exits)
+    _reference_loss(_lexical(model, policy, inputs), exits, trace.layers, labels, model.task).backward()
     slow = {key: _gradient(parameter) for key, parameter in parameters.items()}
     model.zero_grad(set_to_none=True)
     # A key's bias has no gradient but rounding: softmax does not see it. So small gradients are judged by the largest.
@@ -87,11 +92,14 @@ def _gradient(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
 
 
-def _reference_loss(exits: list[Tensor], layers: Tensor, labels: Tensor, task: Task) -> Tensor:
-    """`exit_loss`, from the logits of all exits: the mean loss of the exits passed."""
+def _reference_loss(first: Tensor | None, exits: list[Tensor], layers: Tensor, labels: Tensor, task: Task) -> Tensor:
+    """`exit_loss`, from the logits of all exits: the mean loss of the exits passed, `first` included if it is there."""
     total = torch.zeros(len(labels), device=labels.device)
+    if first is not None:
+        total, layers = task.losses(first, labels), layers + 1
     for depth, logits in enumerate(exits, start=1):
-        total = total + (layers >= depth).float() * task.losses(logits, labels)
+        passed = layers >= depth + (first is not None)
+        total = total + passed.float() * task.losses(logits, labels)
     return (total / layers).mean()
 
 

@@ -67,6 +67,7 @@ FIGURES = (
     ("ranking", "rank correlation of the texts' likeness with the full model's", ".4f"),
     ("entity_f1", "F1 of entities", ".4f"),
     ("full_depth_accuracy", "accuracy of the same weights, everything run", ".4f"),
+    ("lexical_accuracy", "accuracy of words alone, no layer run", ".4f"),
     ("full_depth_micro_f1", "micro F1 of the same weights, everything run", ".4f"),
     ("full_depth_r2", "R2 of the same weights, everything run", ".4f"),
     ("full_depth_cosine", "cosine of the same weights, everything run", ".4f"),
