@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -62,4 +64,5 @@ class LexicalExit(nn.Module):
             if one and two:
                 seen.add(self.vocabulary + (first * PAIR[0] + second * PAIR[1]) % self.pairs)
         rows = self.weight.index_select(0, torch.tensor(sorted(seen), dtype=torch.long)).float()
-        return rows.sum(0, keepdim=True) * len(seen) ** -0.5 + self.bias.float()
+        logits: Tensor = rows.sum(0, keepdim=True) / math.sqrt(len(seen)) + self.bias.float()
+        return logits
