@@ -240,7 +240,9 @@ METHODS = {
     "dht-served": Method("ours", "trained at the largest budget, served at this one", _largest, _serve_largest),
     "static": Method("inference", "L layers of K units by gate gradients, trained alone", _statics, _serve_static),
     "static-cut": Method("inference", "our model cut to one shape for all rows", ours, _serve_cut),
-    "lexical": Method("inference", "words and pairs of words alone: no layer is run", ours, _serve_lexical),
+    "lexical": Method(
+        "inference", "our exit before layer 1 alone (training costs: our whole model's)", ours, _serve_lexical
+    ),
     "fixed": Method("inference", "best fixed arm of our model, or the best mixture of two", ours, _serve_fixed),
     "random": Method("inference", "our arms at our frequencies, by chance", ours, partial(_serve_blind, "random")),
     "hash": Method("inference", "our arms at our frequencies, by a hash", ours, partial(_serve_blind, "hash")),
