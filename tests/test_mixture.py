@@ -95,13 +95,6 @@ def test_mixing_a_trace_anew_is_running_it_anew(lexical, options):
         assert torch.equal(anew.flops, trace.flops)
 
 
-def test_without_a_mixture_a_trace_stays():
-    model = dynamic_model()
-    traces, _, _ = held_out(model, 1)
-    assert model.encoder.mixture is None
-    assert mixed_anew(model, traces[0]) is traces[0]
-
-
 def test_training_fits_and_saves_it(finished):  # noqa: F811
     model, _ = load_run(finished[0])
     rows = model.config.exit_mixture

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import random
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from .hf.modeling import DHTForSequenceClassification
+from .load import by_length
 from .measure import Batch
 from .model.lexical import LexicalExit
 from .task import Task
@@ -24,6 +29,26 @@ STEPS = 60
 """Of L-BFGS, at most."""
 SCALES = 2.0 ** (torch.arange(-12, 13) / 4)
 """What the logits may be multiplied by to be right as often as they are sure."""
+ROWS = 256
+"""Rows of a batch that are looked up at once."""
+MOST_ROWS = 200_000
+"""Rows that are fitted to, at most: all of them are held in memory."""
+
+
+def worded(
+    model: DHTForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, Any]],
+    held_out: Sequence[Batch],
+) -> float:
+    """Fits the lexical exit of a model, if it has one, to tokenised training rows; returns the FLOPs spent."""
+    if model.encoder.lexical is None:
+        return 0.0
+    some = random.Random(0).sample(rows, min(len(rows), MOST_ROWS))
+    batches, _ = by_length(tokenizer, some, ROWS)
+    moved = ({key: value.to(model.device) for key, value in batch.items()} for batch in batches)
+    words = cast(Tensor, model.encoder.embeddings.words.weight)
+    return fit_lexical(model.encoder.lexical, words, moved, held_out, model.task)
 
 
 def fit_lexical(

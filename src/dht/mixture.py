@@ -36,7 +36,7 @@ def fit_mixture(model: DHTForSequenceClassification, traces: Sequence[Trace], la
     """
     encoder, task = model.encoder, model.task
     truth, layers = torch.cat(list(labels)), len(encoder.blocks)
-    own = torch.stack([torch.cat(column) for column in zip(*map(_own, traces), strict=True)], 1).float()  # [n, e, C]
+    own = torch.cat([_own(trace) for trace in traces])
     first = 1 - int(encoder.lexical is not None)  # number of the first exit there is
     rows = []
     for exit_ in range(1, layers + 1):
@@ -49,13 +49,13 @@ def fit_mixture(model: DHTForSequenceClassification, traces: Sequence[Trace], la
     model.config.exit_mixture = encoder.mixture = rows
 
 
-def _own(trace: Trace) -> list[Tensor]:
-    """Each exit's own logits [B, C], the rows in the batch's order."""
+def _own(trace: Trace) -> Tensor:
+    """Every exit's own logits, float32 [B, e, C], the rows in the batch's order."""
     ordered = []
     for exit_ in trace.exits:
-        own = cast(Tensor, exit_.own)
+        own = cast(Tensor, exit_.own).float()
         ordered.append(own.new_empty(own.shape).index_copy(0, exit_.rows, own))
-    return ordered
+    return torch.stack(ordered, 1)
 
 
 def _fitted(seen: Tensor, labels: Tensor, prior: Tensor, task: Any) -> Tensor:
@@ -81,18 +81,17 @@ def mixed_anew(model: DHTForSequenceClassification, trace: Trace) -> Trace:
 
     Head sets and arms stay; answers, contexts and where the greedy rule would stop are worked out anew.
     """
-    policy, mixture = model.policy, model.encoder.mixture
-    if mixture is None or not isinstance(policy, TreePolicy):
-        return trace
-    own = {exit_.layer: each for exit_, each in zip(trace.exits, _own(trace), strict=True)}
-    every = torch.arange(len(trace.account.lengths), device=trace.account.lengths.device)
-    answers = {0: own[0]} if 0 in own else {}
-    for layer in range(1, len(mixture) + 1):
-        answers[layer] = mixed(mixture[layer - 1], [(exit_, own[exit_]) for exit_ in sorted(own) if exit_ <= layer])
-    exits = [Exit(layer, every, answers[layer], own[layer]) for layer in sorted(own)]
+    policy, own = cast(TreePolicy, model.policy), _own(trace)
+    mixture = model.encoder.mixture_on(own.device)
+    assert mixture is not None, "exits that answer alone have nothing to mix"
+    every = torch.arange(len(own), device=own.device)
+    answers = {0: own[:, 0]} if model.encoder.lexical is not None else {}
+    for layer, weights in enumerate(mixture, start=1):
+        answers[layer] = mixed(own[:, : len(answers) + 1], weights)
+    exits = [Exit(layer, every, answers[layer], own[:, i]) for i, layer in enumerate(answers)]
     anew = replace(trace, exits=exits, logits=answers[len(mixture)], decisions=list(trace.decisions))
     for layer, (rows, decision) in enumerate(trace.decisions):
-        if layer in answers and policy.sees_exits:
+        if layer in answers:
             context, wants_stop = policy.reconsider(_view(anew, layer, rows, answers))
             anew.decisions[layer] = rows, replace(decision, context=context, wants_stop=wants_stop)
     return anew

@@ -218,12 +218,15 @@ class ChainRunner:
         vocabulary, keep = len(weight) - self.lexical_pairs, mask.astype(bool)
         first, second = self.pair_factors
         hashed = (input_ids[:, :-1] * first + input_ids[:, 1:] * second) % self.lexical_pairs + vocabulary
-        together = keep[:, :-1] & keep[:, 1:]
-        logits = np.empty((len(keep), len(bias)), dtype=np.float32)
-        for i in range(len(keep)):
-            seen = np.unique(np.concatenate([input_ids[i][keep[i]], hashed[i][together[i]]]))
-            logits[i] = weight[seen].sum(0) / math.sqrt(len(seen)) + bias
-        return logits
+        seen = np.concatenate([input_ids, hashed], 1)
+        real = np.concatenate([keep, keep[:, :-1] & keep[:, 1:]], 1)
+        seen = np.sort(np.where(real, seen, len(weight)), 1)
+        counts = seen < len(weight)
+        counts[:, 1:] &= seen[:, 1:] != seen[:, :-1]
+        share = counts / np.sqrt(counts.sum(1, keepdims=True))
+        logits = (weight[np.minimum(seen, len(weight) - 1)] * share[..., None]).sum(1) + bias
+        found: NDArray[Any] = logits.astype(np.float32)
+        return found
 
     def _best(self, layer: int, context: NDArray[Any]) -> NDArray[Any]:
         """int64 [R], the arm of highest quality less price times cost; the price is that of a row of mean length."""

@@ -37,7 +37,7 @@ from .hf.card import CARD, write_card
 from .hf.convert import FAMILIES, export
 from .hf.modeling import DHTForSequenceClassification
 from .imitation import ROWS, imitate
-from .lexical import CLASSES, PAIRS, fit_lexical
+from .lexical import CLASSES, PAIRS, worded
 from .load import PRESETS, all_told_of, build, by_length, collate, device_of, tokenise
 from .manifest import MANIFEST, MODEL_FILES, TOKENIZER_FILES, write_manifest
 from .measure import autocast, report_of, run_policy, split_labels, time_policy
@@ -50,10 +50,6 @@ CALIBRATION_BATCHES = 8
 CALIBRATION = 3.0
 """FLOPs of calibrating with a batch, in units of its dense forward."""
 FEEDBACK_ROWS = 1024
-LEXICAL_ROWS = 256
-"""Rows of a batch that the lexical exit looks up at once."""
-MOST_LEXICAL_ROWS = 200_000
-"""Rows that the lexical exit is fitted to, at most: all of them are held in memory."""
 TIMED_STEPS = 12
 
 Say = Callable[[str], None]
@@ -354,7 +350,7 @@ def dynamic_trainer(
     ledger = Ledger() if resuming else calibrated(settings, model, tokenizer, rows)
     ledger.share = spending.share
     if not resuming:
-        ledger.executed += worded(model, tokenizer, rows, feedback) * ranks()
+        ledger.executed += worded(model, tokenizer, rows["train"], feedback) * ranks()
         ledger.executed += imitated(settings, model, tokenizer, rows, spending.imitation / ranks()) * ranks()
     told = arguments(settings, checkpoints)
     told.max_steps, told.per_device_train_batch_size = spending.steps, spending.rows
@@ -433,22 +429,6 @@ def imitated(
         flops -= each * float(cost.dense(batch["attention_mask"].sum(-1)).sum())
     with autocast(model.device, getattr(torch, settings.dtype)):
         return imitate(model, batches, sets)
-
-
-def worded(
-    model: DHTForSequenceClassification,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    feedback: Sequence[dict[str, Tensor]],
-) -> float:
-    """Fits the lexical exit, if there is one, to the training rows; returns the FLOPs spent."""
-    if model.encoder.lexical is None:
-        return 0.0
-    some = random.Random(0).sample(rows["train"], min(len(rows["train"]), MOST_LEXICAL_ROWS))
-    batches, _ = by_length(tokenizer, some, LEXICAL_ROWS)
-    moved = ({key: value.to(model.device) for key, value in batch.items()} for batch in batches)
-    words = cast(Tensor, model.encoder.embeddings.words.weight)
-    return fit_lexical(model.encoder.lexical, words, moved, feedback, model.task)
 
 
 def calibrated(

@@ -271,15 +271,16 @@ def finish(trainer: DHTTrainer, batches: list[dict[str, Tensor]], budget: float)
     policy, traces = trainer.dynamic.policy, list[Trace]()
     policy.restart()
     policy.expect_lengths(batches)
+    mixes = policy.reads_exits and trainer.dynamic.encoder.mixture is not None
     for batch in batches:
-        traces.append(trainer.held_out(batch))
+        traces.append(trainer.held_out(batch) if mixes else trainer.probe(batch))
         policy.finish_step()
-    labels = [batch["labels"] for batch in batches]
-    if trainer.dynamic.encoder.mixture is not None:
+    if mixes:
+        labels = [batch["labels"] for batch in batches]
         fit_mixture(trainer.dynamic, traces, labels)
-    for i, trace in enumerate(traces):
-        traces[i] = mixed_anew(trainer.dynamic, trace)
-        trainer.learn(traces[i], labels[i])
+        for i, trace in enumerate(traces):
+            traces[i] = mixed_anew(trainer.dynamic, trace)
+            trainer.learn(traces[i], labels[i])
     policy.fix_head_sets(torch.cat([trace.context for trace in traces]))
     trainer._count_probes()
     if not policy.chooses:  # the probes ran what is served

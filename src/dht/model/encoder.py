@@ -312,6 +312,12 @@ class Encoder(nn.Module):
         """True if the blocks are shards of FSDP2 (`fully_shard`), whose calls gather them from all ranks."""
         return isinstance(self.blocks[0], FSDPModule)
 
+    def mixture_on(self, device: torch.device) -> Tensor | None:
+        """What each exit counts in the answers after layers 1..N, float [N, e], from the first exit that there is."""
+        if self.mixture is None:
+            return None
+        return torch.tensor(self.mixture, device=device)[:, int(self.lexical is None) :]
+
     def pool(self, layer: int, rows: Packed) -> Tensor:
         """[R, D], what the exit after `layer` in 1..N reads of the rows; of a tagger [S, D]."""
         head = self.exits[layer - 1]

@@ -69,14 +69,14 @@ def execute(
     previous: Tensor | None = None
     # Exits learn to stand alone; only what is served, or probed for it, adds up.
     serves = mode in SERVES and not encoder.training and policy.reads_exits
-    mixture = encoder.mixture if serves else None
-    own: list[tuple[int, Tensor]] = []  # of the exits so far, if they are to add up
+    mixture = encoder.mixture_on(packed.hidden.device) if serves else None
+    own: Tensor | None = None  # [R, exits so far, C], if they are to add up
     keep = attention_mask.bool() if encoder.tags else None
     if encoder.lexical is not None and serves:
         logits = encoder.lexical(input_ids, attention_mask)
         trace.exits.append(Exit(0, packed.rows, logits, logits))
         account.lexical = True
-        own.append((0, logits))
+        own = logits[:, None]
     # A choice has no gradient, and what a policy keeps may come from inference.
     choosing = torch.no_grad if torch.is_grad_enabled() else nullcontext
     in_step = encoder.sharded  # every rank then has to call every block, if need be with no rows
@@ -114,7 +114,7 @@ def execute(
             packed = packed.select(order)
             if logits is not None:
                 order = order.to(logits.device, non_blocking=True)
-                logits, own = logits[order], [(exit_, each[order]) for exit_, each in own]
+                logits, own = logits[order], None if own is None else own[order]
 
         sets = decision.sets.tolist()
         used = [(i, tuple(h for h, on in enumerate(sets[i]) if on), count) for i, count in runs]
@@ -135,8 +135,9 @@ def execute(
         if policy.reads_exits or every_exit or layer == num_layers - 1:
             alone = logits = _exit(encoder, layer + 1, packed, keep)
             if mixture is not None:
-                own.append((layer + 1, alone))
-                logits = mixed(mixture[layer], own)
+                now = alone[:, None].float()
+                own = now if own is None else torch.cat([own, now], 1)
+                logits = mixed(own, mixture[layer])
             trace.exits.append(Exit(layer + 1, packed.rows, logits, alone))
             ran.exits = encoder.attends(layer + 1)
     places = () if keep is None else keep.shape[1:]
@@ -144,14 +145,9 @@ def execute(
     return trace
 
 
-def mixed(weights: list[float], own: list[tuple[int, Tensor]]) -> Tensor:
-    """The sum of exits' own logits, each (its number, float [R, C]) times its weight; in float32."""
-    (last, logits), before = own[-1], own[:-1]
-    total = logits.float() * weights[last]
-    for exit_, logits in before:
-        if weights[exit_]:
-            total = total.add(logits, alpha=weights[exit_])
-    return total
+def mixed(own: Tensor, weights: Tensor) -> Tensor:
+    """Logits [R, C]: the first exits' own logits, float [R, e, C], each times its weight ([e] or more)."""
+    return (own * weights[: own.shape[1], None]).sum(1)  # no product of matrices: autocast would round it
 
 
 def _runs(choice: list[int]) -> list[tuple[int, int]]:

@@ -91,7 +91,7 @@ class TreePolicy(LearnedPolicy):
 
     def reconsider(self, view: View) -> tuple[Tensor, Tensor]:
         """The context of every active row, [R, F], and where the greedy rule would stop, bool [R]."""
-        context = self._features(view)
+        context = self._features(view) if self.sees_exits else view.trace.context[view.rows, view.layer]
         price = self._row_price(context, self._index_price(view))
         return context, self._greedy_arm(view, context, price) == 0
 
