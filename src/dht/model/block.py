@@ -43,6 +43,10 @@ class Group(NamedTuple):
     tap: GateTap | None = None
 
 
+SHORT = 256
+"""Tokens up to which bfloat16 attends step by step on a CPU where gradients are wanted (decision 19)."""
+
+
 class _Listen(torch.autograd.Function):
     """The identity; in backward the tap gets activation * gradient.
 
@@ -297,10 +301,11 @@ class Block(GradientCheckpointingLayer):
         if bias is not None:
             bias = bias[..., :longest, :longest].to(query.dtype)
             mask = bias if mask is None else bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
-        if self.training and self.attention_dropout:
-            mixed = self._mix_with_dropout(query, key, value, mask)
+        drops = self.attention_dropout if self.training else 0.0
+        if query.device.type == "cpu" and (drops or _backward_is_slow(query)):
+            mixed = _attend_step_by_step(query, key, value, mask, drops)
         else:
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            mixed = F.scaled_dot_product_attention(query, key, value, mask, drops)
         mixed = mixed.transpose(1, 2).reshape(count * longest, heads * size)
         return mixed if rows.equal else mixed.index_select(0, rows.slot)
 
@@ -310,15 +315,6 @@ class Block(GradientCheckpointingLayer):
         plain = serves and self.rotary is None and self.window is None
         fits = qkv.dtype in (torch.bfloat16, torch.float16) and self.qkv_weight.shape[2] % 8 == 0
         return qkv.is_cuda and plain and fits and not rows.equal
-
-    def _mix_with_dropout(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """The fused kernel on a GPU; on a CPU there is none with dropout, and torch's own way draws slowly."""
-        if query.device.type != "cpu":
-            return F.scaled_dot_product_attention(query, key, value, mask, self.attention_dropout)
-        scores = query * query.shape[-1] ** -0.5 @ key.mT
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        return dropout(scores.softmax(-1), self.attention_dropout).to(value.dtype) @ value
 
     def _sum(self, hidden: Tensor, product: Tensor, norm: nn.LayerNorm | nn.Identity) -> Tensor:
         """The residual sum, normed if the norm comes after; in the product's memory if no gradient needs it."""
@@ -341,3 +337,21 @@ class Block(GradientCheckpointingLayer):
 
 def _parts(tokens: Tensor, counts: list[int]) -> Sequence[Tensor]:
     return tokens.split(counts) if len(counts) > 1 else (tokens,)
+
+
+def _backward_is_slow(query: Tensor) -> bool:
+    """True where the fused kernel's backward on a CPU takes longer than attention step by step (decision 19)."""
+    return query.requires_grad and query.dtype == torch.bfloat16 and query.shape[2] <= SHORT
+
+
+def _attend_step_by_step(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, drops: float) -> Tensor:
+    """Attention [R, k, T, size] from single operations, which on a CPU also drop out faster than torch's own way.
+
+    Args:
+        mask: bool, False = left out, or a number that is added to the score; broadcasts to [R, k, T, T].
+    """
+    scores = query * query.shape[-1] ** -0.5 @ key.mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1)
+    return (dropout(weights, drops) if drops else weights).to(value.dtype) @ value
