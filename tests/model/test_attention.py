@@ -41,7 +41,7 @@ def test_steps_say_what_the_fused_kernel_says(
 ) -> None:
     made = ready(window)
     stepwise = run(made, lengths)
-    monkeypatch.setattr(block, "SHORT", 0)
+    monkeypatch.setattr(block, "STEPWISE", 0)
     fused = run(made, lengths)
     for ours, reference in zip(stepwise, fused, strict=True):
         assert ours.isfinite().all()
@@ -50,7 +50,7 @@ def test_steps_say_what_the_fused_kernel_says(
 
 @pytest.mark.parametrize(("dtype", "gradient", "tokens", "steps"), [
     (torch.bfloat16, True, 9, True),
-    (torch.bfloat16, True, block.SHORT + 1, False),
+    (torch.bfloat16, True, block.STEPWISE + 1, False),
     (torch.bfloat16, False, 9, False),
     (torch.float32, True, 9, False),
 ])  # fmt: skip

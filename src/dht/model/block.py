@@ -34,6 +34,9 @@ the last axis it is d loss / d gate of a gate fixed at 1 on that unit's output."
 VARIANTS = 64
 """Compiled variants of a block that are allowed before Python takes over."""
 
+STEPWISE = 256
+"""Tokens up to which bfloat16 attends step by step on a CPU where gradients are wanted (decision 19)."""
+
 
 class Group(NamedTuple):
     """Consecutive rows that run the same units (None = all); `tap` receives their gate gradients during backward."""
@@ -41,10 +44,6 @@ class Group(NamedTuple):
     units: Units | None
     rows: int
     tap: GateTap | None = None
-
-
-SHORT = 256
-"""Tokens up to which bfloat16 attends step by step on a CPU where gradients are wanted (decision 19)."""
 
 
 class _Listen(torch.autograd.Function):
@@ -341,7 +340,7 @@ def _parts(tokens: Tensor, counts: list[int]) -> Sequence[Tensor]:
 
 def _backward_is_slow(query: Tensor) -> bool:
     """True where the fused kernel's backward on a CPU takes longer than attention step by step (decision 19)."""
-    return query.requires_grad and query.dtype == torch.bfloat16 and query.shape[2] <= SHORT
+    return query.requires_grad and query.dtype == torch.bfloat16 and query.shape[2] <= STEPWISE
 
 
 def _attend_step_by_step(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, drops: float) -> Tensor:
