@@ -372,7 +372,7 @@ def test_corrupt_runs_are_refused(finished, tmp_path):
         "foreign": ("config.json", lambda b: b.replace(b'"dht"', b'"bert"'), "not a dht model"),
         "newer": (
             "config.json",
-            lambda b: b.replace(b'"format_version": 3', b'"format_version": 7'),
+            lambda b: b.replace(b'"format_version": 4', b'"format_version": 7'),
             "install a newer dht",
         ),
     }

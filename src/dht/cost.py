@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .model.convolution import WIDTH
+
 
 @dataclass(frozen=True)
 class CostModel:
@@ -24,6 +26,7 @@ class CostModel:
         embedded: width E of the embedding tables; None = D. Another than D is projected to it.
         tags: True if an exit classifies every token instead of the row; `attends` then says whether a D x D projection
             comes before the classifier.
+        filters: of the lexical exit's convolution; 0 = it has none.
 
     Example:
         >>> cost = CostModel(width=384, heads=12, ffn=1536, layers=6, classes=2, coupled=True)
@@ -41,6 +44,7 @@ class CostModel:
     gated: bool = False
     embedded: int | None = None
     tags: bool = False
+    filters: int = 0
 
     @property
     def token_unit(self) -> int:
@@ -75,8 +79,10 @@ class CostModel:
         return 2.0 * self.width * (self.width + self.classes + scored)
 
     def lexical(self, lengths: Tensor) -> Tensor:
-        """FLOPs per row of the lexical exit, float64 [R]: a sum over its tokens and pairs of neighbours."""
-        return (2 * lengths.to(torch.float64) - 1) * (2.0 * self.classes)
+        """FLOPs per row of the lexical exit, float64 [R]: sums over its tokens and pairs of neighbours; its filters."""
+        tokens = lengths.to(torch.float64)
+        filters = 2.0 * self.filters * (WIDTH * tokens + 2 * self.classes)
+        return (2 * tokens - 1) * (2.0 * self.classes) + filters
 
     def attention(self, units: Tensor | int, padded: Tensor | int) -> Tensor | int:
         """FLOPs per row of QK^T and AV with `units` heads on `padded` tokens."""

@@ -1,4 +1,4 @@
-"""Fits the exit before the first layer: a convex problem, solved before training on all training rows."""
+"""Fits the exit before the first layer, before training, on all training rows: a convex problem, then its filters."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .convolution import EPOCHS, fit_convolution
 from .hf.modeling import DHTForSequenceClassification
 from .load import by_length
 from .measure import Batch
+from .mixture import fitted_weights
+from .model.convolution import WIDTH
 from .model.lexical import LexicalExit
 from .task import Task
 
 PAIRS = 2**17
 """Buckets for pairs of tokens."""
+FILTERS = 64
+"""Of the convolution."""
 CLASSES = 32
 """Most classes that get such an exit: its table has a column for each."""
 STRENGTH = 16.0
@@ -27,8 +32,6 @@ SHARED = 0.5
 """Length of the embeddings beside a token's own feature, which is 1: how much tokens that are alike share."""
 STEPS = 60
 """Of L-BFGS, at most."""
-SCALES = 2.0 ** (torch.arange(-12, 13) / 4)
-"""What the logits may be multiplied by to be right as often as they are sure."""
 ROWS = 256
 """Rows of a batch that are looked up at once."""
 MOST_ROWS = 200_000
@@ -46,23 +49,57 @@ def worded(
         return 0.0
     some = random.Random(0).sample(rows, min(len(rows), MOST_ROWS))
     batches, _ = by_length(tokenizer, some, ROWS)
-    moved = ({key: value.to(model.device) for key, value in batch.items()} for batch in batches)
+    moved = [{key: value.to(model.device) for key, value in batch.items()} for batch in batches]
     words = cast(Tensor, model.encoder.embeddings.words.weight)
     return fit_lexical(model.encoder.lexical, words, moved, held_out, model.task)
 
 
-def fit_lexical(
-    exit_: LexicalExit, embeddings: Tensor, batches: Iterable[Batch], held_out: Iterable[Batch], task: Task
-) -> float:
-    """Fits the table to training rows, then the scale of its logits to held-out ones, in place; returns the FLOPs.
+def words_cost(model: DHTForSequenceClassification, batches: Sequence[Batch]) -> float:
+    """FLOPs that `worded` will take, about: those of the filters, from the different tokens of the training batches."""
+    if model.encoder.lexical is None:
+        return 0.0
+    cost, rows = model.encoder.cost, sum(len(batch["input_ids"]) for batch in batches)
+    tokens = sum(len(batch["input_ids"].unique()) for batch in batches) * min(1.0, MOST_ROWS / rows)
+    return EPOCHS * 4.0 * (cost.embedded or cost.width) * WIDTH * cost.filters * tokens
 
-    A token's weights are its own and a linear function of its embedding, so that rare words, and words that no row has,
-    say what words like them say. Both come to one table.
+
+def fit_lexical(
+    exit_: LexicalExit, embeddings: Tensor, batches: Sequence[Batch], held_out: Iterable[Batch], task: Task
+) -> float:
+    """Fits the exit to training rows, then what its parts count to held-out ones, in place; returns the FLOPs.
 
     Args:
         embeddings: float [V, E], the encoder's.
         batches, held_out: inputs with `labels`, on the exit's device.
         task: says what the loss of a row is.
+    """
+    spent = _fit_table(exit_, embeddings, batches, task)
+    filters = exit_.convolution
+    if filters is not None:
+        spent += fit_convolution(filters, embeddings, batches, task)
+    with torch.no_grad():
+        seen, answers = [], []
+        for batch in held_out:
+            inputs = batch["input_ids"], batch["attention_mask"]
+            parts = [exit_.linear(*inputs)] + ([filters(*inputs)] if filters is not None else [])
+            seen.append(torch.stack(parts, 1))
+            answers.append(batch["labels"])
+        logits = torch.cat(seen)
+        prior = logits.new_full((logits.shape[1],), 1 / logits.shape[1])
+        counts = fitted_weights(logits, torch.cat(answers), prior, task)
+        for table in (exit_.weight, exit_.bias):
+            table.mul_(counts[0])
+        if filters is not None:
+            for table in (filters.reader, filters.base):
+                table.mul_(counts[1])
+    return spent
+
+
+def _fit_table(exit_: LexicalExit, embeddings: Tensor, batches: Iterable[Batch], task: Task) -> float:
+    """Fits the weights of tokens and pairs; returns the FLOPs.
+
+    A token's weights are its own and a linear function of its embedding, so that rare words, and words that no row has,
+    say what words like them say. Both come to one table.
     """
     words = embeddings.detach().float()
     words = words - words.mean(0)
@@ -94,12 +131,6 @@ def fit_lexical(
         exit_.weight.copy_(weight)
         exit_.weight[: exit_.vocabulary].add_(words @ shared)
         exit_.bias.copy_(bias)
-        rows = [(exit_(b["input_ids"], b["attention_mask"]), b["labels"]) for b in held_out]
-        logits, answers = (torch.cat(column) for column in zip(*rows, strict=True))
-        losses = torch.stack([task.losses(scale * logits, answers).mean() for scale in SCALES.to(logits.device)])
-        scale = SCALES[int(losses.argmin())].to(logits.device)
-        exit_.weight.mul_(scale)
-        exit_.bias.mul_(scale)
     each: float = 3 * 2.0 * weight.shape[1] * (len(seen) + told.numel())
     total: float = each * passes + 2.0 * words.shape[1] * (len(seen) + shared.shape[1] * len(words))
     return total

@@ -44,7 +44,7 @@ def fit_mixture(model: DHTForSequenceClassification, traces: Sequence[Trace], la
         prior = seen.new_zeros(seen.shape[1])
         prior[0] = LEXICAL if not first else 0.0
         prior[-1] = OWN
-        weights = _fitted(seen, truth, prior, task)
+        weights = fitted_weights(seen, truth, prior, task)
         rows.append([0.0] * first + weights.tolist() + [0.0] * (layers - exit_))
     model.config.exit_mixture = encoder.mixture = rows
 
@@ -58,7 +58,13 @@ def _own(trace: Trace) -> Tensor:
     return torch.stack(ordered, 1)
 
 
-def _fitted(seen: Tensor, labels: Tensor, prior: Tensor, task: Any) -> Tensor:
+def fitted_weights(seen: Tensor, labels: Tensor, prior: Tensor, task: Any) -> Tensor:
+    """What each of several answers counts in their sum, float [e], so that the sum is right as often as it is sure.
+
+    Args:
+        seen: logits [n, e, C] of held-out rows. labels: of these rows.
+        prior: float [e], where it starts, and stays where rows have nothing to say.
+    """
     weights = prior.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=STEPS, line_search_fn="strong_wolfe")
 

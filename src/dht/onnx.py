@@ -24,7 +24,7 @@ runtime = optional("onnxruntime", "onnx", "dht.onnx")
 
 __all__ = ["CHAIN_FILE", "CHAIN_VERSION", "POLICY_FILE", "ChainResult", "ChainRunner"]
 
-CHAIN_FILE, POLICY_FILE, CHAIN_VERSION = "chain.json", "policy.safetensors", 3
+CHAIN_FILE, POLICY_FILE, CHAIN_VERSION = "chain.json", "policy.safetensors", 4
 EXIT_FEATURES = 8
 
 
@@ -225,8 +225,24 @@ class ChainRunner:
         counts[:, 1:] &= seen[:, 1:] != seen[:, :-1]
         share = counts / np.sqrt(counts.sum(1, keepdims=True))
         logits = (weight[np.minimum(seen, len(weight) - 1)] * share[..., None]).sum(1) + bias
+        if "lexical_convolution.table" in self._policy:
+            logits = logits + self._convolution(input_ids, keep)
         found: NDArray[Any] = logits.astype(np.float32)
         return found
+
+    def _convolution(self, input_ids: NDArray[Any], keep: NDArray[Any]) -> NDArray[Any]:
+        """float32 [B, C], logits of that exit's filters: as in `dht.model.convolution`."""
+        table, bias, reader, base = (
+            self._policy[f"lexical_convolution.{name}"] for name in ("table", "bias", "reader", "base")
+        )
+        shares = (table[input_ids] * keep[..., None]).reshape(*input_ids.shape, -1, len(bias))
+        found = shares[:, :, 0] + bias
+        for ahead in range(1, shares.shape[2]):
+            found[:, : found.shape[1] - ahead] += shares[:, ahead:, ahead]
+        found = np.maximum(found, 0) * keep[..., None]
+        pooled = np.concatenate([found.max(1), found.sum(1) / keep.sum(1, keepdims=True)], 1)
+        logits: NDArray[Any] = pooled @ reader + base
+        return logits
 
     def _best(self, layer: int, context: NDArray[Any]) -> NDArray[Any]:
         """int64 [R], the arm of highest quality less price times cost; the price is that of a row of mean length."""

@@ -37,7 +37,7 @@ from .hf.card import CARD, write_card
 from .hf.convert import FAMILIES, export
 from .hf.modeling import DHTForSequenceClassification
 from .imitation import ROWS, imitate
-from .lexical import CLASSES, PAIRS, worded
+from .lexical import CLASSES, FILTERS, PAIRS, worded, words_cost
 from .load import PRESETS, all_told_of, build, by_length, collate, device_of, tokenise
 from .manifest import MANIFEST, MODEL_FILES, TOKENIZER_FILES, write_manifest
 from .measure import autocast, report_of, run_policy, split_labels, time_policy
@@ -173,6 +173,7 @@ def fit(
     options = {**(options or {}), **task_options(data)}
     if _reads_words(settings, data):
         options.setdefault("lexical_pairs", PAIRS)
+        options.setdefault("lexical_filters", FILTERS)
     if data.task == Embedding.name and settings.dense:
         raise DHTError("--dense: with --task embedding the full model is what is learned from; leave --dense out")
     if data.task == Embedding.name and settings.model in PRESETS:
@@ -393,7 +394,7 @@ def spending_of(
     return divide(
         settings.budget, settings.train_budget or settings.budget,
         epoch=epoch, epochs=settings.epochs, whole=math.ceil(per_epoch * settings.epochs), rows=settings.batch_size,
-        fixed=(CALIBRATION * sample + passes * narrow * held_out) * ranks(),
+        fixed=(CALIBRATION * sample + passes * narrow * held_out + words_cost(model, batches)) * ranks(),
         surveys=model.config.exploration, probes=narrow / FEEDBACK_EVERY,
         imitates=_imitates(settings, model), warm_start=settings.warm_start, settle=settings.settle,
         crop=forward(_cut(batches, settings)) / epoch,

@@ -135,7 +135,7 @@ def test_all_configuration_problems_at_once():
     with pytest.raises(ConfigError) as caught:
         DHTForSequenceClassification(config)
     for part in (
-        "format_version: the checkpoint has 9, this dht reads up to 3; install a newer dht",
+        "format_version: the checkpoint has 9, this dht reads up to 4; install a newer dht",
         "hidden_size: 61 is not a multiple of num_attention_heads = 5",
         "widths: got [0, 9], must be ascending numbers in 1..5",
         "search: got 'trie', allowed: tree, integrated",

@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from .._labels import EMBEDDING, REGRESSION, SINGLE, TOKEN
 from ..errors import ConfigError, shown
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Of saved models; a larger number in a file means that a newer dht wrote it."""
 
 _WHOLE = {
@@ -21,7 +21,7 @@ _WHOLE = {
     "num_attention_heads": (1, 2**12), "intermediate_size": (1, 2**20), "max_position_embeddings": (1, 2**31),
     "type_vocab_size": (0, 2**20), "position_offset": (0, 2**20), "relative_attention_num_buckets": (0, 2**16),
     "context_projection": (0, 2**16), "head_sets": (1, 2**16), "policy_seed": (0, 2**63), "format_version": (0, 2**31),
-    "wide_from": (0, 2**12), "lexical_pairs": (0, 2**24),
+    "wide_from": (0, 2**12), "lexical_pairs": (0, 2**24), "lexical_filters": (0, 2**12),
 }  # fmt: skip
 """Whole numbers and what is allowed, ends included."""
 
@@ -82,6 +82,7 @@ class DHTConfig(PreTrainedConfig):
             layers 1 to N, what the lexical exit's logits and those of exits 1 to N count; None = as `exit_memory` says.
         lexical_pairs: buckets that pairs of neighbouring tokens are hashed into, for an exit before layer 1 that reads
             tokens and pairs (decision 17); 0 = there is none. Single labels and tree search only.
+        lexical_filters: of that exit's convolution over neighbouring tokens (decision 20); 0 = it has none.
         class_weights: what a row of each class counts in the loss; None = 1.
         problem_type: "single_label_classification" (None means it too), "multi_label_classification" or "regression"
             (None with one output); the task (`dht.task`).
@@ -145,6 +146,7 @@ class DHTConfig(PreTrainedConfig):
     exit_memory: float | int = 0.0
     exit_mixture: list[list[float | int]] | None = None
     lexical_pairs: int = 0
+    lexical_filters: int = 0
     class_weights: list[float] | None = None
     budget: float = 1.0
     policy_seed: int = 0
@@ -290,6 +292,10 @@ class DHTConfig(PreTrainedConfig):
             (
                 self.lexical_pairs > 0 and (task != SINGLE or self.search != "tree"),
                 f"lexical_pairs: got {self.lexical_pairs}; allowed: 0 but for single labels and search='tree'",
+            ),
+            (
+                self.lexical_filters > 0 and not self.lexical_pairs,
+                f"lexical_filters: got {self.lexical_filters}; allowed: 0 where lexical_pairs is 0",
             ),
             (std <= 0, f"label_std: got {std}, must be above 0"),
             (

@@ -300,11 +300,12 @@ class Encoder(nn.Module):
         self.position_bias = RelativePositionBias(buckets, heads) if buckets else None
         self.exits: Stack[ExitHead] = Stack(_exits(config, norm))
         pairs, classes = config.lexical_pairs, len(config.label_names)
-        self.lexical = LexicalExit(config.vocab_size, pairs, classes) if pairs else None
+        self.lexical = LexicalExit(config.vocab_size, pairs, classes, config.lexical_filters) if pairs else None
         embeds, self.tags = config.head == "embedding", config.head == "token"
         self.cost = CostModel(
             width, heads, config.intermediate_size, layers, 0 if embeds else len(config.label_names),
             config.ffn == "coupled", self.attends(layers), config.gated_ffn, config.embedding_size or width, self.tags,
+            config.lexical_filters,
         )  # fmt: skip
 
     @property

@@ -1,4 +1,4 @@
-"""The exit before the first layer: which tokens, and which pairs of neighbours, a row has."""
+"""The exit before the first layer: which tokens, which pairs of neighbours, and which phrases a row has."""
 
 from __future__ import annotations
 
@@ -8,30 +8,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .convolution import Convolution
+
 PAIR = (1_000_003, 7_919)
 """Factors of the two tokens in the hash of a pair."""
 
 
 class LexicalExit(nn.Module):
-    """A linear classifier on the set of a row's tokens and of its pairs of neighbouring tokens, hashed.
+    """A linear classifier on the set of a row's tokens and of its pairs of neighbouring tokens, hashed; and filters.
 
-    It costs a look-up and a sum for each of them, no product: next to nothing beside a layer. Its table is fitted
-    before training (`dht.lexical`) and gets no gradient, hence buffers.
+    It costs look-ups and sums, no product to speak of: next to nothing beside a layer. Its tables are fitted before
+    training (`dht.lexical`) and get no gradient, hence buffers.
 
     Args:
         vocabulary: V.
         pairs: P, buckets that pairs are hashed into.
         classes: C.
+        filters: of a convolution over neighbouring tokens, whose logits are added; 0 = there is none.
     """
 
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, vocabulary: int, pairs: int, classes: int) -> None:
+    def __init__(self, vocabulary: int, pairs: int, classes: int, filters: int = 0) -> None:
         super().__init__()
         self.vocabulary, self.pairs = vocabulary, pairs
         self.register_buffer("weight", torch.zeros(vocabulary + pairs, classes))
         self.register_buffer("bias", torch.zeros(classes))
+        self.convolution = Convolution(vocabulary, filters, classes) if filters else None
 
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the table, int64 [B, 2T - 1], and what each counts, float32: 1 / sqrt(n) for the n that a row has.
@@ -51,6 +55,11 @@ class LexicalExit(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits, float32 [B, C], of rows of tokens [B, T] (1 in the mask at real ones)."""
+        logits = self.linear(input_ids, attention_mask)
+        return logits if self.convolution is None else logits + self.convolution(input_ids, attention_mask)
+
+    def linear(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The same without the filters."""
         if len(input_ids) == 1 and input_ids.is_cpu:
             return self._of_one(input_ids[0].tolist(), attention_mask[0].tolist())
         seen, share = self.features(input_ids, attention_mask)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..plan import Plan
+from .convolution import WIDTH, Convolution
 from .encoder import QUERY_SCALE, Encoder
 from .lexical import PAIR
 
@@ -115,8 +116,23 @@ def lexical_reference(encoder: Encoder, input_ids: Tensor, keep: Tensor) -> Tens
             if real[i - 1] and real[i]:
                 hashed = (ids[i - 1] * PAIR[0] + ids[i] * PAIR[1]) % lexical.pairs
                 seen.add(lexical.vocabulary + hashed)
-        answers.append(lexical.weight[sorted(seen)].sum(0) / math.sqrt(len(seen)) + lexical.bias)
+        logits = lexical.weight[sorted(seen)].sum(0) / math.sqrt(len(seen)) + lexical.bias
+        if lexical.convolution is not None:
+            logits = logits + convolution_reference(lexical.convolution, ids, real)
+        answers.append(logits)
     return torch.stack(answers)
+
+
+def convolution_reference(convolution: Convolution, ids: list[int], real: list[bool]) -> Tensor:
+    """Logits [C] of one row of tokens, filter by filter place."""
+    table = convolution.table.unflatten(-1, (WIDTH, -1))
+    found = []
+    for place in range(len(ids)):
+        if real[place]:
+            seen = [j for j in range(WIDTH) if place + j < len(ids) and real[place + j]]
+            found.append((sum((table[ids[place + j], j] for j in seen), convolution.bias)).relu())
+    every = torch.stack(found)
+    return torch.cat([every.amax(0), every.mean(0)]) @ convolution.reader + convolution.base
 
 
 def _turned(states: Tensor, theta: float) -> Tensor:
