@@ -296,7 +296,7 @@ def test_broken_chains_are_refused(exported, tmp_path):
         ChainRunner(copy)
     facts = json.loads((copy / "chain.json").read_text())
     (copy / "chain.json").write_text(json.dumps(facts | {"version": 99}))
-    with pytest.raises(CheckpointError, match=r"chain.json: version 99, this dht reads up to 3"):
+    with pytest.raises(CheckpointError, match=r"chain.json: version 99, this dht reads up to 4"):
         ChainRunner(copy)
 
 

@@ -136,7 +136,7 @@ def train(
         int, typer.Option(help="Tokens that longer texts are cut to in the first 70% of the steps; 0 = never.")
     ] = 64,
     lexical: Annotated[
-        bool, typer.Option(help="An exit before layer 1 that reads words and pairs of words; sure rows run no layer.")
+        bool, typer.Option(help="An exit before layer 1 that reads words and short phrases; sure rows run no layer.")
     ] = True,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0 = once an epoch.")] = 0,
     text_column: TextColumn = None,

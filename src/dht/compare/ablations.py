@@ -112,6 +112,7 @@ ABLATIONS = {
     "schedule-off": Ablation("the budget holds from the first step", settings={"settle": 0.0}),
     "crop-off": Ablation("long texts are read whole from the first step", settings={"crop": 0}),
     "lexical-off": Ablation("no exit before layer 1: every row runs a layer", settings={"lexical": False}),
+    "filters-off": Ablation("that exit reads words and pairs of words alone", options={"lexical_filters": 0}),
     "reward-probability": Ablation("paid the true label's probability", options={"reward": "probability"}),
     "feedback-fitted": Ablation("held-out rows replaced by fitted ones", feedback="train"),
     "heads-greedy": Ablation("posterior means instead of Thompson draws", options={"sigma": 0.0}),
