@@ -48,8 +48,8 @@ class TrainSettings:
             place, which takes more steps for the same FLOPs; 0 = never. Pairs, words with tags and texts whose
             embeddings are learned are never cut, nor is anything in dense training or when serving.
         lexical: True for an exit before layer 1 that reads tokens, pairs of neighbours and phrases, fitted before
-            training (`dht.lexical`): rows that it is sure of run no layer. For single labels of at most 32 classes in tree
-            search, and not for pairs of texts; elsewhere, and in dense training, there is none.
+            training (`dht.lexical`): rows that it is sure of run no layer. For single labels of at most 32 classes in
+            tree search, and not for pairs of texts; elsewhere, and in dense training, there is none.
         save_every: checkpoint every so many steps; 0 = once an epoch.
         text_column, label_column: names in the data, as for `load_data`; None = inferred.
         task: "single" (one class a row), "multi" (several), "regression", "token" (a tag a word), "auto" (one of these,
