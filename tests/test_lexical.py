@@ -13,7 +13,7 @@ import dht.train as training
 from builders import LENGTHS, batch, dynamic_model
 from dht.bench.parity import check_parity
 from dht.compare.arms import all_arms, best_fixed, fixed_policy
-from dht.convolution import fit_convolution
+from dht.convolution import fit_convolution, fitting_cost
 from dht.curve import ToTheEnd, keep_curve
 from dht.errors import ConfigError
 from dht.hf.modeling import exit_loss
@@ -86,6 +86,9 @@ def test_the_reference_agrees(filters):
     _, inputs = inputs_of((1, 2, *LENGTHS))
     expected = lexical_reference(model.encoder, inputs["input_ids"], inputs["attention_mask"].bool())
     torch.testing.assert_close(model.encoder.lexical(**inputs), expected)
+    for i, row in enumerate(expected):  # one row goes another way
+        one = {name: x[i : i + 1] for name, x in inputs.items()}
+        torch.testing.assert_close(model.encoder.lexical(**one)[0], row)
 
 
 # What the executor does with it
@@ -290,7 +293,7 @@ def test_it_is_as_sure_as_it_is_right(filters):
 
 def test_filters_learn_where_a_word_stands():
     """Class 1 has its two words with one between them, in this order; the other class has them the other way round."""
-    embeddings = torch.randn(97, 16, generator=torch.Generator().manual_seed(0))
+    embeddings = torch.randn(97, 64, generator=torch.Generator().manual_seed(0))
     convolution = Convolution(97, 16, 2)
 
     def rows(seed):
@@ -306,7 +309,8 @@ def test_filters_learn_where_a_word_stands():
     held = rows(3)
     right = [convolution(b["input_ids"], b["attention_mask"]).argmax(-1) == b["labels"] for b in held]
     assert float(torch.cat(right).double().mean()) > 0.9
-    assert flops > 0
+    tokens = sum(len(ids.unique()) for seed in range(3) for b in rows(seed) for ids in b["input_ids"].split(64))
+    assert flops == pytest.approx(fitting_cost(64, 16, tokens), rel=0.3)
     again = Convolution(97, 16, 2)
     fit_convolution(again, embeddings, [*rows(0), *rows(1), *rows(2)], SINGLE_LABEL)
     assert torch.equal(again.table, convolution.table)
@@ -346,6 +350,12 @@ def test_without_it_every_row_runs_a_layer(settings, tmp_path):  # noqa: F811
     fitted_ = training.fit(replace(settings, out=tmp_path / "run", lexical=False))
     assert fitted_.model.encoder.lexical is None
     assert fitted_.model.config.lexical_pairs == 0
+
+
+def test_filters_can_be_left_out(settings, tmp_path):  # noqa: F811
+    fitted_ = training.fit(replace(settings, out=tmp_path / "run", epochs=1), options={"lexical_filters": 0})
+    assert fitted_.model.encoder.lexical.convolution is None
+    assert float(fitted_.model.encoder.lexical.weight.abs().sum()) > 0
 
 
 @pytest.mark.parametrize("changes", [{"search": "integrated"}, {"dense": True, "train_budget": None}])

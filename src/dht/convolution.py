@@ -26,6 +26,19 @@ DROPPED_TOKENS, DROPPED_FILTERS = 0.15, 0.3
 """Shares that a step leaves out."""
 
 
+def centred(embeddings: Tensor, length: float) -> Tensor:
+    """Word embeddings [V, E] around their mean, float32, without gradient, `length` long in the mean."""
+    words = embeddings.detach().float()
+    words = words - words.mean(0)
+    scaled: Tensor = length * words / words.norm(dim=1).mean().clamp_min(1e-6)
+    return scaled
+
+
+def fitting_cost(size: int, filters: int, tokens: float) -> float:
+    """FLOPs of `fit_convolution` on embeddings of width `size`, for the different `tokens` of all batches of a pass."""
+    return EPOCHS * 4.0 * size * WIDTH * filters * tokens
+
+
 def fit_convolution(
     convolution: Convolution, embeddings: Tensor, batches: Sequence[Batch], task: Task, seed: int = 0
 ) -> float:
@@ -37,9 +50,7 @@ def fit_convolution(
         task: says what the loss of a row is.
         seed: of the first filters and of what is left out.
     """
-    words = embeddings.detach().float()
-    words = words - words.mean(0)
-    words = LENGTH * words / words.norm(dim=1).mean().clamp_min(1e-6)
+    words = centred(embeddings, LENGTH)
     device, size = words.device, words.shape[1]
     draw = torch.Generator().manual_seed(seed)
     filters, classes = len(convolution.bias), len(convolution.base)

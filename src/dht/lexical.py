@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .convolution import EPOCHS, fit_convolution
+from .convolution import centred, fit_convolution, fitting_cost
 from .hf.modeling import DHTForSequenceClassification
 from .load import by_length
 from .measure import Batch
 from .mixture import fitted_weights
-from .model.convolution import WIDTH
 from .model.lexical import LexicalExit
 from .task import Task
 
@@ -60,7 +59,7 @@ def words_cost(model: DHTForSequenceClassification, batches: Sequence[Batch]) ->
         return 0.0
     cost, rows = model.encoder.cost, sum(len(batch["input_ids"]) for batch in batches)
     tokens = sum(len(batch["input_ids"].unique()) for batch in batches) * min(1.0, MOST_ROWS / rows)
-    return EPOCHS * 4.0 * (cost.embedded or cost.width) * WIDTH * cost.filters * tokens
+    return fitting_cost(cost.embedded or cost.width, cost.filters, tokens)
 
 
 def fit_lexical(
@@ -101,9 +100,7 @@ def _fit_table(exit_: LexicalExit, embeddings: Tensor, batches: Iterable[Batch],
     A token's weights are its own and a linear function of its embedding, so that rare words, and words that no row has,
     say what words like them say. Both come to one table.
     """
-    words = embeddings.detach().float()
-    words = words - words.mean(0)
-    words = SHARED * words / words.norm(dim=1).mean().clamp_min(1e-6)
+    words = centred(embeddings, SHARED)
     seen, share, starts, labels = _flat(exit_, batches)
     last = exit_.vocabulary - 1
     told = F.embedding_bag(

@@ -30,7 +30,7 @@ class Filters(NamedTuple):
         shares = shares.unflatten(-1, (WIDTH, -1))
         found = shares[:, :, 0] + self.bias
         for ahead in range(1, WIDTH):
-            found = found + F.pad(shares[:, ahead:, ahead], (0, 0, 0, min(ahead, found.shape[1])))
+            found[:, : max(0, found.shape[1] - ahead)] += shares[:, ahead:, ahead]
         found = found.relu() * keep[..., None]
         return torch.cat([found.amax(1), found.sum(1) / keep.sum(1, keepdim=True)], 1)
 
@@ -69,6 +69,20 @@ class Convolution(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits, float32 [B, C], of rows of tokens [B, T] (1 in the mask at real ones)."""
         keep = attention_mask.bool()
+        if len(input_ids) == 1 and input_ids.is_cpu:
+            return self._of_one(input_ids[keep])
         shares = F.embedding(input_ids, self.table).float() * keep[..., None]
         filters = Filters(self.bias.float(), self.reader.float(), self.base.float())
         return filters.read(filters.pooled(shares, keep))
+
+    def _of_one(self, tokens: Tensor) -> Tensor:
+        """The same for the real tokens of one row, in half as many operations: each costs more to launch than to do."""
+        shares = self.table.index_select(0, tokens).float()
+        own, *others = shares.split(len(self.bias), 1)
+        found = own + self.bias
+        for ahead, other in enumerate(others, start=1):
+            if len(tokens) > ahead:
+                found[:-ahead] += other[ahead:]
+        found.relu_()
+        pooled = torch.cat([found.amax(0), found.mean(0)])
+        return ((pooled[:, None] * self.reader).sum(0) + self.base)[None].float()
