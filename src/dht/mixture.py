@@ -50,13 +50,12 @@ def fit_mixture(model: DHTForSequenceClassification, traces: Sequence[Trace], la
 
 
 def _own(trace: Trace) -> Tensor:
-    """Every exit's own logits, float32 [B, e, C], the rows in the batch's order; of the lexical one words alone."""
-    return torch.stack([_ordered(exit_.own, exit_.rows) for exit_ in trace.exits], 1)
-
-
-def _ordered(logits: Tensor | None, rows: Tensor) -> Tensor:
-    found = cast(Tensor, logits).float()
-    return found.new_empty(found.shape).index_copy(0, rows, found)
+    """Every exit's own logits, float32 [B, e, C], the rows in the batch's order."""
+    ordered = []
+    for exit_ in trace.exits:
+        own = cast(Tensor, exit_.own).float()
+        ordered.append(own.new_empty(own.shape).index_copy(0, exit_.rows, own))
+    return torch.stack(ordered, 1)
 
 
 def fitted_weights(seen: Tensor, labels: Tensor, prior: Tensor, task: Any) -> Tensor:
@@ -92,8 +91,7 @@ def mixed_anew(model: DHTForSequenceClassification, trace: Trace) -> Trace:
     mixture = model.encoder.mixture_on(own.device)
     assert mixture is not None, "exits that answer alone have nothing to mix"
     every = torch.arange(len(own), device=own.device)
-    first = trace.exits[0]
-    answers = {0: _ordered(first.logits, first.rows)} if model.encoder.lexical is not None else {}
+    answers = {0: own[:, 0]} if model.encoder.lexical is not None else {}
     for layer, weights in enumerate(mixture, start=1):
         answers[layer] = mixed(own[:, : len(answers) + 1], weights)
     exits = [Exit(layer, every, answers[layer], own[:, i]) for i, layer in enumerate(answers)]

@@ -132,11 +132,11 @@ class ChainRunner:
         (states,) = self._embed.run(None, fed)
         rows, arm = np.arange(len(mask)), np.zeros(len(mask), dtype=np.int64)
         answer = np.zeros((len(rows), len(self.label_names)), dtype=np.float32)
-        logits = before = words = answer
+        logits = before = answer
         if self.lexical_pairs:
-            logits, words = self._lexical(fed["input_ids"], mask)
+            logits = self._lexical(fed["input_ids"], mask)
             answer = logits.copy()
-        own = [words]  # of the exits so far; zeros for a lexical one that is not there
+        own = [logits]  # of the exits so far; zeros for a lexical one that is not there
         heads = np.zeros((len(rows), depth), dtype=np.int64)
         for layer in range(depth):
             if self.search == "tree" or layer == 0:
@@ -212,8 +212,8 @@ class ChainRunner:
             str(self.folder / Path(name).name), self._options, providers=["CPUExecutionProvider"]
         )
 
-    def _lexical(self, input_ids: NDArray[Any], mask: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """float32 [B, C] each, the logits before layer 1 with and without filters: as in `dht.model.lexical`."""
+    def _lexical(self, input_ids: NDArray[Any], mask: NDArray[Any]) -> NDArray[Any]:
+        """float32 [B, C], logits of the exit before layer 1: as in `dht.model.lexical`."""
         weight, bias = self._policy["lexical_weight"], self._policy["lexical_bias"]
         vocabulary, keep = len(weight) - self.lexical_pairs, mask.astype(bool)
         first, second = self.pair_factors
@@ -224,10 +224,11 @@ class ChainRunner:
         counts = seen < len(weight)
         counts[:, 1:] &= seen[:, 1:] != seen[:, :-1]
         share = counts / np.sqrt(counts.sum(1, keepdims=True))
-        logits = words = (weight[np.minimum(seen, len(weight) - 1)] * share[..., None]).sum(1) + bias
+        logits = (weight[np.minimum(seen, len(weight) - 1)] * share[..., None]).sum(1) + bias
         if "lexical_convolution.table" in self._policy:
-            logits = words + self._convolution(input_ids, keep)
-        return logits.astype(np.float32), words.astype(np.float32)
+            logits = logits + self._convolution(input_ids, keep)
+        found: NDArray[Any] = logits.astype(np.float32)
+        return found
 
     def _convolution(self, input_ids: NDArray[Any], keep: NDArray[Any]) -> NDArray[Any]:
         """float32 [B, C], logits of that exit's filters: as in `dht.model.convolution`."""

@@ -73,10 +73,10 @@ def execute(
     own: Tensor | None = None  # [R, exits so far, C], if they are to add up
     keep = attention_mask.bool() if encoder.tags else None
     if encoder.lexical is not None and serves:
-        logits, words = encoder.lexical.with_linear(input_ids, attention_mask)
-        trace.exits.append(Exit(0, packed.rows, logits, words))
+        logits = encoder.lexical(input_ids, attention_mask)
+        trace.exits.append(Exit(0, packed.rows, logits, logits))
         account.lexical = True
-        own = words[:, None]
+        own = logits[:, None]
     # A choice has no gradient, and what a policy keeps may come from inference.
     choosing = torch.no_grad if torch.is_grad_enabled() else nullcontext
     in_step = encoder.sharded  # every rank then has to call every block, if need be with no rows

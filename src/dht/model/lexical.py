@@ -55,13 +55,8 @@ class LexicalExit(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits, float32 [B, C], of rows of tokens [B, T] (1 in the mask at real ones)."""
-        return self.with_linear(input_ids, attention_mask)[0]
-
-    def with_linear(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """These logits, and those without the filters, which are what counts in deeper answers (decision 21)."""
-        words = self.linear(input_ids, attention_mask)
-        whole = words if self.convolution is None else words + self.convolution(input_ids, attention_mask)
-        return whole, words
+        logits = self.linear(input_ids, attention_mask)
+        return logits if self.convolution is None else logits + self.convolution(input_ids, attention_mask)
 
     def linear(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The same without the filters."""

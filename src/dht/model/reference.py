@@ -53,7 +53,7 @@ def reference(
         hidden = emb.project(hidden)
     on = plan.units.to(hidden.dtype) if gates is None else plan.units.to(hidden.dtype) * gates
     exits: list[Tensor] = []
-    own: list[Tensor | None] = [lexical_reference(encoder, input_ids, keep, phrases=False)]
+    own: list[Tensor | None] = [lexical_reference(encoder, input_ids, keep)]
     for layer, block in enumerate(encoder.blocks):
         source = block.attention_norm(hidden) if block.pre_norm else hidden
         query, key, value = (
@@ -100,12 +100,11 @@ def reference(
     return exits
 
 
-def lexical_reference(encoder: Encoder, input_ids: Tensor, keep: Tensor, phrases: bool = True) -> Tensor | None:
+def lexical_reference(encoder: Encoder, input_ids: Tensor, keep: Tensor) -> Tensor | None:
     """Logits [B, C] of the exit before layer 1, row by row; None where there is none.
 
     Args:
         keep: bool [B, T], where there are tokens.
-        phrases: False to leave the filters out, as deeper answers do.
     """
     lexical = encoder.lexical
     if lexical is None:
@@ -118,7 +117,7 @@ def lexical_reference(encoder: Encoder, input_ids: Tensor, keep: Tensor, phrases
                 hashed = (ids[i - 1] * PAIR[0] + ids[i] * PAIR[1]) % lexical.pairs
                 seen.add(lexical.vocabulary + hashed)
         logits = lexical.weight[sorted(seen)].sum(0) / math.sqrt(len(seen)) + lexical.bias
-        if phrases and lexical.convolution is not None:
+        if lexical.convolution is not None:
             logits = logits + convolution_reference(lexical.convolution, ids, real)
         answers.append(logits)
     return torch.stack(answers)
