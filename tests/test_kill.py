@@ -34,7 +34,7 @@ def test_killed_in_the_second_epoch_ends_the_same(killer):
 
 def test_a_run_that_ends_within_an_epoch_ends_the_same(tmp_path):
     short = Killer(small_settings(tmp_path, train_budget=1.1), tmp_path / "runs")
-    assert 40 < len(short.whole["data order"]) < 48, "the budget is spent within the second epoch"
+    assert 40 < len(short.whole["data order"]) < 48, "the budget is spent within the second epoch, of 40 steps each"
     outcome = short.kill("short", lambda folder, since: (folder / "checkpoint-36").is_dir())
     assert outcome.differs == []
     assert 26 < outcome.resumed_from < 43
